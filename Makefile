@@ -1,0 +1,98 @@
+# `make help` lists the targets. Everything is made from mosh.py; what it takes is fetched into .venv when it is missing.
+#
+# PYTHON=python3.12     the interpreter to use
+# HOST=you@host         run: log in there; without it, a session on this machine that needs no ssh
+# SEED=n                sim: repeat the run with this seed
+# TESTS="..."           test: arguments for pytest instead of the folder tests
+
+PYTHON ?= python3
+HOST ?=
+SEED ?=
+TESTS ?= tests
+
+VENV := .venv
+PYTEST := $(VENV)/bin/python -m pytest -c tests/pytest.ini --rootdir .
+SOURCES := mosh.py build_zipapp.py tests
+
+.PHONY: all run slim test lint sim bench fuzz clean help peers
+
+all: mosh.pyz ## build mosh.pyz, the one file to run and to copy (plain `make` does this)
+
+# The table of character widths comes from the package wcwidth: from this Python if it has it, else from .venv.
+define build
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 9))' \
+	    || { echo "make: $(PYTHON) must be Python 3.9 or newer; choose one with make PYTHON=..." >&2; exit 1; }
+	@python=$(PYTHON); \
+	if ! $$python build_zipapp.py --check 2>/dev/null; then \
+	    $(MAKE) --silent --no-print-directory $(VENV)/.wcwidth && python=$(VENV)/bin/python || exit 1; \
+	fi; \
+	$$python build_zipapp.py --output $@
+endef
+
+mosh.pyz: mosh.py build_zipapp.py
+	$(build)
+
+run: mosh.pyz ## start a session on this machine, or with HOST=you@host on that one
+	@$(PYTHON) mosh.pyz $(if $(HOST),$(HOST),--local 127.0.0.1)
+
+slim: mosh-slim.pyz ## build mosh-slim.pyz, without bytecode: a fraction of the size, 0.1 s more at each start
+
+mosh-slim.pyz: mosh.py build_zipapp.py
+	$(build) --source-only
+
+test: lint peers ## check the style and run all tests, also against the stock mosh; CI=true forbids to skip any peer
+	$(PYTEST) $(TESTS)
+
+lint: $(VENV)/.tools ## check style and types
+	$(VENV)/bin/python -m ruff check $(SOURCES)
+	$(VENV)/bin/python -m mypy --config-file .mypy.ini $(SOURCES)
+
+sim: $(VENV)/.tools ## simulate a long time of bad networks; SEED=n repeats one run
+	MOSH_SIM_LONG=1 $(if $(SEED),MOSH_SIM_SEED=$(SEED)) $(PYTEST) tests/test_simulation.py
+
+bench: $(VENV)/.tools mosh.pyz peers ## measure against stock mosh and plain ssh
+	@for bench in tests/bench*.py; do \
+	    echo "== $$bench"; MOSH_PYZ="$(CURDIR)/mosh.pyz" $(VENV)/bin/python $$bench || exit 1; \
+	done
+
+fuzz: $(VENV)/.tools ## run the tests on random input for much longer
+	MOSH_FUZZ_LONG=1 $(PYTEST) -m fuzz tests
+
+clean: ## remove everything that make has made, .venv included
+	rm -rf mosh.pyz mosh-slim.pyz $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf __pycache__ tests/__pycache__
+
+help: ## show this list
+	@awk 'BEGIN { FS = ":.*## " } /^[a-z]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' Makefile
+
+# -- What the targets need ---------------------------------------------------------------------------------------------
+
+$(VENV)/bin/python:
+	@$(PYTHON) -m venv $(VENV) >/dev/null || { rm -rf $(VENV); \
+	    echo "make: $(PYTHON) cannot make a virtual environment; on Debian and Ubuntu: apt install python3-venv" >&2; \
+	    exit 1; }
+
+$(VENV)/.wcwidth: tests/requirements.txt | $(VENV)/bin/python
+	@$(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --constraint tests/requirements.txt wcwidth
+	@touch $@
+
+$(VENV)/.tools: tests/requirements.txt | $(VENV)/bin/python
+	@$(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --requirement tests/requirements.txt
+	@touch $@ $(VENV)/.wcwidth
+
+# The programs that tests run ours against. Root on Debian gets them; elsewhere the tests that need one say so and skip.
+PEERS := mosh-server mosh-client sshd ssh tmux vim nano $(if $(wildcard /etc/debian_version),locale-gen)
+PEER_PACKAGES := mosh openssh-server openssh-client tmux vim nano locales
+
+peers:
+	@PATH="$$PATH:/usr/sbin:/sbin"; \
+	missing() { for peer in $(PEERS); do command -v $$peer >/dev/null 2>&1 || printf ' %s' $$peer; done; }; \
+	if [ -n "$$(missing)" ] && [ -f /etc/debian_version ] && [ "$$(id -u)" = 0 ]; then \
+	    echo "installing the programs to test against:$$(missing)"; \
+	    apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq -y install --no-install-recommends \
+	        $(PEER_PACKAGES) >/dev/null || echo "make: apt-get could not install them" >&2; \
+	fi; \
+	if [ -n "$$(missing)" ]; then \
+	    echo "make: programs to test against that are not installed:$$(missing)" >&2; \
+	    if [ -n "$$CI" ]; then exit 1; fi; \
+	fi

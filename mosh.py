@@ -1,0 +1,5693 @@
+#!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.9"
+# dependencies = ["cryptography>=42", "wcwidth>=0.2.14"]
+# ///
+"""Mosh, the mobile shell, in one file: client, server and the login that joins them.
+
+A remote terminal over ssh stalls when the network does and dies when the laptop moves. Mosh logs in through ssh, then
+speaks over UDP and sends no byte stream at all: each end owns an object (the keys typed so far; the screen) and keeps
+the other end's copy of it fresh by sending differences. A lost datagram is never worth repeating, only the newest
+state is. So a session survives sleep, loss and a change of address, and an overfull link delays nothing for long.
+
+The file reads from top to bottom; a section uses only sections above it. Search "== 7." to jump.
+
+  1. Protocol constants -- numbers both ends must agree on; changing one breaks interoperability
+  2. Errors -- the one exception tree
+  3. Wire helpers -- integers, varints, the protobuf subset, zlib with a size cap
+  4. Crypto -- AES-128-OCB by a library, key, nonce, one sealed channel
+  5. Datagram -- sequence and direction, timestamps, RTT and RTO, whom to answer (roaming)
+  6. Fragments -- instruction, fragmenter, fragment assembly
+  7. Transport -- SSP: sender, receiver, timers; generic over any state
+  8. Text -- UTF-8 decoding, character widths
+  9. Framebuffer -- rendition, cell, row, cursor, framebuffer
+ 10. Parser -- bytes to actions: the escape-sequence state tables
+ 11. Emulator -- actions to framebuffer: C0, ESC, CSI and OSC dispatch tables
+ 12. Display -- frame diff: two framebuffers in, terminal bytes out
+ 13. Synchronized states -- user stream (keys, resizes) and terminal state (screen, echo ack)
+ 14. Prediction and overlays -- prediction engine, notification bar, title
+ 15. Cores -- ServerCore and ClientCore: each end complete but for I/O
+ ---- the I/O line: only below it are clocks, entropy, sockets, ptys, signals, processes and printing ----
+ 16. Outside world -- monotonic clock, UDP sockets, selector loop, signals
+ 17. Server -- pty, child process, detaching, timeouts
+ 18. Client -- raw mode, suspend and resume, drawing
+ 19. Bootstrap -- ssh command, remote start, MOSH CONNECT line, addresses
+ 20. Command line -- options, messages, exit codes, main
+"""
+
+from __future__ import annotations
+
+import binascii
+import bisect
+import math
+import re
+import struct
+import sys
+import weakref
+import zlib
+from collections import deque
+from enum import Enum, auto
+from functools import lru_cache
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from typing import Any, Generic, Protocol, TypeVar, Union
+
+    Local = TypeVar("Local", bound="State")
+    Remote = TypeVar("Remote", bound="State")
+else:  # importing typing costs 7 ms of every start, and none of this is needed to run
+
+    class Generic:
+        """Stands in for typing.Generic: subscripting gives the class itself."""
+
+        __class_getitem__ = classmethod(lambda cls, _parameters: cls)
+
+    Protocol, Local, Remote = object, None, None
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AuthenticationError",
+    "BootstrapError",
+    "Channel",
+    "ClientCore",
+    "Display",
+    "Emulator",
+    "Framebuffer",
+    "Key",
+    "MoshError",
+    "PacketError",
+    "Parser",
+    "PredictionEngine",
+    "ProtocolError",
+    "ServerCore",
+    "TerminalState",
+    "Transport",
+    "UsageError",
+    "UserStream",
+    "main",
+]
+
+# ======================================================================================================================
+# == 1. Protocol constants -- numbers both ends must agree on; changing one breaks interoperability
+# ======================================================================================================================
+# A datagram, from the outside in (all integers big-endian):
+#
+#     8 bytes   direction bit and 63-bit sequence number, the variable part of the nonce      (section 4)
+#     sealed:   2 bytes timestamp, 2 bytes timestamp reply                                    (section 5)
+#               8 bytes instruction id, 1 bit "final" and 15 bits fragment number             (section 6)
+#               a piece of one zlib stream, which holds one protobuf Instruction              (section 6)
+#     16 bytes  authentication tag
+
+PROTOCOL_VERSION = 2
+LAST_STATE_NUM = 2**64 - 1  # the state number that says "this end is shutting down"
+
+TO_SERVER, TO_CLIENT = 0, 1  # the direction bit
+NO_TIMESTAMP = 0xFFFF
+
+KEY_BYTES = 16
+TAG_BYTES = 16
+NONCE_PREFIX = bytes(4)
+SEQUENCE = struct.Struct(">Q")
+TIMESTAMPS = struct.Struct(">HH")
+FRAGMENT_HEADER = struct.Struct(">QH")
+FINAL_FRAGMENT = 0x8000
+
+RECEIVE_LIMIT_BYTES = 2048  # the largest datagram an end will read
+INSTRUCTION_LIMIT_BYTES = 4 * 1024 * 1024  # before and after compression
+
+# Protobuf field numbers. The numbers of the inner instructions continue each other across messages, since the
+# originals are extensions; all of them are optional and unknown ones are skipped at every level.
+INSTRUCTION_FIELDS = ("protocol_version", "old_num", "new_num", "ack_num", "throwaway_num", "diff", "chaff")  # 1 to 7
+MESSAGE_INSTRUCTION = 1  # UserMessage and HostMessage: repeated instruction
+USER_KEYSTROKE, USER_RESIZE = 2, 3
+HOST_BYTES, HOST_RESIZE, HOST_ECHO_ACK = 2, 3, 7
+KEYSTROKE_KEYS = HOST_STRING = 4
+RESIZE_WIDTH, RESIZE_HEIGHT = 5, 6
+ECHO_ACK_NUM = 8
+HELLO = 100  # our own, in either message: what this end can do beyond mosh 1.4.0; that one skips it unread
+HELLO_CAPABILITY, HELLO_VERSION = 1, 2
+
+FIRST_PORT, LAST_PORT = 60001, 60999  # where a server looks for a free UDP port unless told otherwise
+
+# ======================================================================================================================
+# == 2. Errors -- the one exception tree
+# ======================================================================================================================
+# The branches are what the caller does about it, not what went wrong.
+
+
+class MoshError(Exception):
+    """Base of every error this module raises on purpose; its text is for the user and never holds a key."""
+
+
+class PacketError(MoshError):
+    """Bytes from outside that are not valid: drop them, count them, answer nothing."""
+
+
+class AuthenticationError(PacketError):
+    """A datagram that the key did not seal."""
+
+
+class ProtocolError(MoshError):
+    """The session cannot go on: end it and tell the user."""
+
+
+class BootstrapError(MoshError):
+    """The session cannot start: explain and exit with `status`."""
+
+    def __init__(self, text: str, status: int = 1) -> None:
+        super().__init__(text)
+        self.status = status
+
+
+class UsageError(MoshError):
+    """The command line or the environment is wrong: one line, the usage hint, exit 2."""
+
+
+# ======================================================================================================================
+# == 3. Wire helpers -- integers, varints, the protobuf subset, zlib with a size cap
+# ======================================================================================================================
+# Source: the Protocol Buffers encoding guide, of which Mosh needs varints and length-delimited fields. A parsed
+# message is the sequence of its fields; the caller picks the ones it knows, so unknown ones cost nothing.
+
+_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # wire types
+_FIXED_SIZE = {_FIXED64: 8, _FIXED32: 4}
+_VARINT_LIMIT_BYTES = 10
+_U64 = 2**64 - 1
+
+
+def encode_varint(value: int) -> bytes:
+    """Return `value`, 0..2**64-1, as a base-128 varint of 1..10 bytes."""
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
+def decode_varint(data: bytes, at: int) -> tuple[int, int]:
+    """Return the varint that starts at `data[at]` and the offset behind it. Raises PacketError if it has no end."""
+    value = 0
+    for i, byte in enumerate(data[at : at + _VARINT_LIMIT_BYTES]):
+        value |= (byte & 0x7F) << 7 * i
+        if byte < 0x80:
+            return value & _U64, at + i + 1
+    raise PacketError("varint is cut short or too long")
+
+
+def encode_field(number: int, value: int | bytes) -> bytes:
+    """Return one protobuf field: an int as a varint, bytes as a length-delimited field."""
+    if isinstance(value, int):
+        return encode_varint(number << 3 | _VARINT) + encode_varint(value)
+    return encode_varint(number << 3 | _BYTES) + encode_varint(len(value)) + value
+
+
+def decode_fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """Yield (number, value) for each field: int for a varint, bytes for all else. Raises PacketError when malformed."""
+    at = 0
+    while at < len(data):
+        tag, at = decode_varint(data, at)
+        number, wire_type = tag >> 3, tag & 7
+        if wire_type == _VARINT:
+            value, at = decode_varint(data, at)
+            yield number, value
+            continue
+        if wire_type == _BYTES:
+            size, at = decode_varint(data, at)
+        elif wire_type in _FIXED_SIZE:
+            size = _FIXED_SIZE[wire_type]
+        else:
+            raise PacketError(f"protobuf wire type {wire_type} is not supported")
+        if number == 0 or size > len(data) - at:
+            raise PacketError("protobuf field is cut short")
+        yield number, data[at : at + size]
+        at += size
+
+
+def deflate(data: bytes) -> bytes:
+    """Return `data` as one zlib stream (RFC 1950)."""
+    return zlib.compress(data)
+
+
+def inflate(data: bytes) -> bytes:
+    """Return what one zlib stream holds. Raises PacketError if it is damaged or exceeds INSTRUCTION_LIMIT_BYTES."""
+    stream = zlib.decompressobj()
+    try:
+        out = stream.decompress(data, INSTRUCTION_LIMIT_BYTES + 1)
+    except zlib.error:
+        raise PacketError("instruction does not inflate") from None
+    if len(out) > INSTRUCTION_LIMIT_BYTES or not stream.eof:
+        raise PacketError("instruction is cut short or inflates beyond the limit")
+    return out
+
+
+# ======================================================================================================================
+# == 4. Crypto -- AES-128-OCB by a library, key, nonce, one sealed channel
+# ======================================================================================================================
+# Every datagram is sealed with AES-128 in OCB mode (RFC 7253): 128-bit tag, no associated data, one key for both
+# directions. OCB is broken by a single repeated nonce, so the nonce is a counter that only ever moves forward, with
+# one bit that keeps the two directions apart:
+#
+#     nonce = 4 zero bytes, then (direction << 63 | sequence number) as 8 bytes
+#
+# The sequence number grows by one for every datagram sent, also for a retransmission. It is never set back: the
+# channel belongs to one process, which seals nothing before its last fork.
+#
+# We write no cipher. Two libraries can serve: the `cryptography` package, or the OpenSSL libcrypto that the
+# interpreter itself is linked with, which every ordinary Python has and which needs nothing installed.
+
+BLOCK_BYTES = 16
+REKEY_LIMIT_BLOCKS = 2**47  # OCB's bound on blocks under one key; nobody types that much
+MIN_SEALED_BYTES = SEQUENCE.size + TAG_BYTES
+_CONTEXT_LIMIT_BYTES = 4096  # libcrypto backend: buffer size, twice any datagram
+
+
+class Key:
+    """The session's 16-byte secret. Its printable form is 22 base64 letters, without the two padding signs."""
+
+    __slots__ = ("raw",)
+
+    def __init__(self, raw: bytes) -> None:
+        if len(raw) != KEY_BYTES:
+            raise UsageError("Key must be 16 bytes long.")
+        self.raw = raw
+
+    @classmethod
+    def from_text(cls, text: str) -> Key:
+        """Parse the printable form. Raises UsageError, with a text that does not show the key."""
+        if len(text) != 22:
+            raise UsageError("Key must be 22 letters long.")
+        if not re.fullmatch("[A-Za-z0-9+/]{22}", text, re.ASCII):
+            raise UsageError("Key must be well-formed base64.")
+        key = cls(binascii.a2b_base64(text + "=="))
+        if key.to_text() != text:
+            raise UsageError("Base64 key was not encoded 128-bit key.")
+        return key
+
+    def to_text(self) -> str:
+        """Return the 22 letters that `MOSH CONNECT` and `MOSH_KEY` carry."""
+        return binascii.b2a_base64(self.raw, newline=False).decode("ascii").rstrip("=")
+
+    def __repr__(self) -> str:
+        return "Key(...)"  # security: a key in a traceback or a log would outlive the session
+
+
+class Cipher(Protocol):
+    """What a crypto library has to offer: AES-128-OCB with a 12-byte nonce and a 16-byte tag at the end."""
+
+    name: str
+
+    def encrypt(self, nonce: bytes, plaintext: bytes) -> bytes:
+        """Return ciphertext and tag."""
+
+    def decrypt(self, nonce: bytes, sealed: bytes) -> bytes:
+        """Return the plaintext of `sealed`, 16 bytes or more. Raises AuthenticationError."""
+
+
+class CryptographyCipher:
+    """AES-128-OCB of the `cryptography` package."""
+
+    name = "cryptography"
+
+    def __init__(self, raw_key: bytes) -> None:
+        from cryptography.exceptions import InvalidTag  # 18 ms, in the process that needs a cipher at all
+        from cryptography.hazmat.primitives.ciphers.aead import AESOCB3
+
+        self._aead = AESOCB3(raw_key)
+        self._invalid_tag = InvalidTag
+
+    def encrypt(self, nonce: bytes, plaintext: bytes) -> bytes:
+        """See Cipher."""
+        return self._aead.encrypt(nonce, plaintext, None)
+
+    def decrypt(self, nonce: bytes, sealed: bytes) -> bytes:
+        """See Cipher."""
+        try:
+            return self._aead.decrypt(nonce, sealed, None)
+        except self._invalid_tag:
+            raise AuthenticationError("Packet failed integrity check.") from None
+
+
+class LibcryptoCipher:
+    """AES-128-OCB of the libcrypto that this interpreter is linked with, through ctypes.
+
+    One context per direction keeps the key schedule; a datagram costs four calls. `EVP_Cipher` is not an option: with
+    OCB it loses the nonce (CVE-2026-45445).
+    """
+
+    name = "libcrypto"
+    _GET_TAG, _SET_TAG = 0x10, 0x11  # EVP_CTRL_AEAD_GET_TAG, EVP_CTRL_AEAD_SET_TAG
+    _FUNCTIONS = (  # name: result, then arguments; p pointer, i int, I pointer to int, b bytes, - nothing
+        ("EVP_aes_128_ocb", "p"),
+        ("EVP_CIPHER_CTX_new", "p"),
+        ("EVP_CIPHER_CTX_free", "-p"),
+        ("EVP_CIPHER_CTX_ctrl", "ipiip"),
+        ("EVP_EncryptInit_ex", "ipppbb"),
+        ("EVP_EncryptUpdate", "ippIbi"),
+        ("EVP_EncryptFinal_ex", "ippI"),
+        ("EVP_DecryptInit_ex", "ipppbb"),
+        ("EVP_DecryptUpdate", "ippIbi"),
+        ("EVP_DecryptFinal_ex", "ippI"),
+        ("ERR_clear_error", "-"),
+    )
+
+    def __init__(self, raw_key: bytes) -> None:
+        import ctypes  # 2 ms
+
+        self._library = library = self._load()
+        types = {
+            "p": ctypes.c_void_p,
+            "i": ctypes.c_int,
+            "I": ctypes.POINTER(ctypes.c_int),
+            "b": ctypes.c_char_p,
+            "-": None,
+        }
+        for name, letters in self._FUNCTIONS:
+            function = getattr(library, name)
+            function.restype = types[letters[0]]
+            function.argtypes = [types[letter] for letter in letters[1:]]
+        self._buffer = ctypes.create_string_buffer(_CONTEXT_LIMIT_BYTES)
+        self._address = ctypes.addressof(self._buffer)
+        self._size = ctypes.c_int()
+        self._encryptor = library.EVP_CIPHER_CTX_new()
+        self._decryptor = library.EVP_CIPHER_CTX_new()
+        ocb = library.EVP_aes_128_ocb()
+        self._check(ocb)
+        self._check(library.EVP_EncryptInit_ex(self._encryptor, ocb, None, raw_key, None))
+        self._check(library.EVP_DecryptInit_ex(self._decryptor, ocb, None, raw_key, None))
+
+    def __del__(self) -> None:
+        for context in ("_encryptor", "_decryptor"):
+            if getattr(self, context, None):
+                self._library.EVP_CIPHER_CTX_free(getattr(self, context))  # this also wipes the key schedule
+
+    @staticmethod
+    def _load() -> Any:
+        """Return libcrypto as a ctypes library. Raises OSError when none has AES-128-OCB."""
+        import ctypes
+        import importlib
+
+        paths: list[str | None] = []
+        for extension in ("_hashlib", "_ssl"):  # looking up a symbol there also searches what it is linked with
+            try:
+                paths.append(getattr(importlib.import_module(extension), "__file__", None))
+            except ImportError:
+                continue
+        if sys.platform != "darwin":  # security: macOS ends a process that opens its own libcrypto by name
+            paths += ["libcrypto.so.3", "libcrypto.so.1.1"]
+        for path in paths:
+            try:
+                library = ctypes.CDLL(path)
+                library.EVP_aes_128_ocb  # noqa: B018  (looking the symbol up is the test)
+                return library
+            except (OSError, AttributeError):
+                continue
+        raise OSError("no libcrypto with AES-128-OCB found")
+
+    def _check(self, result: int | None) -> None:
+        if not result or result < 0:
+            self._library.ERR_clear_error()
+            raise OSError("libcrypto refused an AES-128-OCB operation")
+
+    def encrypt(self, nonce: bytes, plaintext: bytes) -> bytes:
+        """See Cipher."""
+        size = len(plaintext)
+        if size + TAG_BYTES > _CONTEXT_LIMIT_BYTES:
+            raise ValueError(f"{size} bytes are more than one datagram")
+        library, context, out = self._library, self._encryptor, self._address
+        self._check(library.EVP_EncryptInit_ex(context, None, None, None, nonce))
+        self._check(library.EVP_EncryptUpdate(context, out, self._size, plaintext, size))
+        self._check(library.EVP_EncryptFinal_ex(context, out + self._size.value, self._size))
+        self._check(library.EVP_CIPHER_CTX_ctrl(context, self._GET_TAG, TAG_BYTES, out + size))
+        return self._buffer.raw[: size + TAG_BYTES]
+
+    def decrypt(self, nonce: bytes, sealed: bytes) -> bytes:
+        """See Cipher."""
+        size = len(sealed) - TAG_BYTES
+        if not 0 <= size <= _CONTEXT_LIMIT_BYTES - TAG_BYTES:
+            raise AuthenticationError("Packet failed integrity check.")
+        library, context, out = self._library, self._decryptor, self._address
+        self._check(library.EVP_DecryptInit_ex(context, None, None, None, nonce))
+        self._check(library.EVP_CIPHER_CTX_ctrl(context, self._SET_TAG, TAG_BYTES, sealed[size:]))
+        self._check(library.EVP_DecryptUpdate(context, out, self._size, sealed, size))
+        if library.EVP_DecryptFinal_ex(context, out + self._size.value, self._size) != 1:
+            library.ERR_clear_error()
+            raise AuthenticationError("Packet failed integrity check.")
+        return self._buffer.raw[:size]
+
+
+CIPHERS: tuple[Callable[[bytes], Cipher], ...] = (CryptographyCipher, LibcryptoCipher)
+
+
+def _known_answers() -> Iterator[tuple[bytes, bytes, bytes, bytes]]:
+    """Yield (key, nonce, plaintext, sealed). Source: RFC 7253 appendix A, the rows without associated data."""
+    raw_key = bytes(range(16))
+    yield raw_key, bytes.fromhex("BBAA99887766554433221100"), b"", bytes.fromhex("785407BFFFC8AD9EDCC5520AC9111EE6")
+    yield (
+        raw_key,
+        bytes.fromhex("BBAA99887766554433221103"),
+        bytes(range(8)),
+        bytes.fromhex("45DD69F8F5AAE72414054CD1F35D82760B2CD00D2F99BFA9"),
+    )
+
+
+def check_cipher(make: Callable[[bytes], Cipher]) -> None:
+    """Prove a backend on published answers, a full-sized message and a forgery. Raises OSError if it fails."""
+    for raw_key, nonce, plaintext, sealed in _known_answers():
+        cipher = make(raw_key)
+        if cipher.encrypt(nonce, plaintext) != sealed or cipher.decrypt(nonce, sealed) != plaintext:
+            raise OSError("wrong answer to a published test vector")
+    message = bytes(range(256)) * 5 + bytes(120)
+    sealed = cipher.encrypt(nonce, message)
+    if cipher.decrypt(nonce, sealed) != message:
+        raise OSError("a message does not survive the round trip")
+    try:
+        cipher.decrypt(nonce, sealed[:-1] + bytes([sealed[-1] ^ 1]))
+    except AuthenticationError:
+        return
+    raise OSError("a forged message was accepted")
+
+
+def choose_cipher(wanted: str = "") -> Callable[[bytes], Cipher]:
+    """Return the first backend that works, or the one named `wanted`. Raises BootstrapError naming every reason."""
+    reasons = []
+    for attempt in ("as started", "with site-packages"):
+        for make in CIPHERS:
+            name = make.name  # type: ignore[attr-defined]
+            if wanted not in ("", name):
+                continue
+            try:
+                check_cipher(make)
+            except (ImportError, OSError, AttributeError, ValueError) as error:
+                reasons.append(f"{name} ({attempt}): {error}")
+            except Exception as error:  # `cryptography` has an exception class of its own for what OpenSSL refuses
+                reasons.append(f"{name} ({attempt}): {type(error).__name__}")
+            else:
+                return make
+        if not sys.flags.no_site:
+            break
+        import site  # the interpreter was started with -S, which hides installed packages: look again with them
+
+        site.main()
+    raise BootstrapError("no AES-128-OCB on this machine; " + "; ".join(reasons))
+
+
+class Channel:
+    """Seals what this end sends and opens what it receives, under one key."""
+
+    def __init__(self, cipher: Cipher, direction: int) -> None:
+        """`direction` is that of the sealed datagrams: TO_SERVER in a client, TO_CLIENT in a server."""
+        self._cipher = cipher
+        self._direction = direction
+        self._next_seq = 0
+        self._blocks_left = REKEY_LIMIT_BLOCKS
+
+    def seal(self, plaintext: bytes) -> bytes:
+        """Return the datagram for `plaintext`. Raises ProtocolError when the key has been used up."""
+        self._blocks_left -= -(-len(plaintext) // BLOCK_BYTES)
+        if self._blocks_left < 0 or self._next_seq >> 63:
+            raise ProtocolError("Encrypted 2^47 blocks.")
+        nonce = SEQUENCE.pack(self._direction << 63 | self._next_seq)
+        self._next_seq += 1  # security: before anything can fail, so that no nonce is ever used twice
+        return nonce + self._cipher.encrypt(NONCE_PREFIX + nonce, plaintext)
+
+    def open(self, datagram: bytes) -> tuple[int, bytes]:
+        """Return (sequence number, plaintext). Raises PacketError, or AuthenticationError if the tag does not match."""
+        if len(datagram) < MIN_SEALED_BYTES:
+            raise PacketError("Ciphertext must contain nonce and tag.")
+        if len(datagram) > RECEIVE_LIMIT_BYTES:
+            raise PacketError("Received oversized datagram.")
+        nonce = datagram[: SEQUENCE.size]
+        plaintext = self._cipher.decrypt(NONCE_PREFIX + nonce, datagram[SEQUENCE.size :])
+        (word,) = SEQUENCE.unpack(nonce)
+        if word >> 63 == self._direction:  # security: our own datagram, reflected
+            raise PacketError("Illegal counterparty input (possible denial of service): wrong direction.")
+        return word & (2**63 - 1), plaintext
+
+
+# ======================================================================================================================
+# == 5. Datagram -- sequence and direction, timestamps, RTT and RTO, whom to answer (roaming)
+# ======================================================================================================================
+# Each datagram carries the sender's clock and echoes the newest clock value heard, less the time it was held here, so
+# both ends measure the round trip with every exchange and an end that merely thinks before it answers looks no
+# further away. Only the newest datagram so far may touch a clock or an address: an old one, delayed or replayed, still
+# hands its contents up (they are idempotent), but cannot mislead about who or how far the peer is.
+#
+# Roaming is then one rule: the server answers to wherever the newest authentic datagram came from. The client needs no
+# rule: its server stays put. What it does when answers stop is to try a new local port, since NATs forget.
+
+RTT_LIMIT_MS = 5_000  # a longer sample says that a laptop slept, not that the path is long
+RTO_MS = (50, 1_000)  # bounds of the retransmission timeout
+FRAME_INTERVAL_MS = (20, 250)  # bounds of the time between frames, which is SRTT/2
+INITIAL_SRTT_MS = 1_000.0
+TIMESTAMP_HOLD_MS = 1_000  # a timestamp older than this is not echoed
+CONGESTION_PENALTY_MS = 500  # a marked packet is reported this much later, which slows the peer's frames
+ASSOCIATION_MS = 40_000  # a server stops sending to an address silent for so long
+PORT_HOP_MS = 10_000  # a client without an answer for so long tries another local port
+MAX_OLD_PORT_AGE_MS = 60_000  # and closes the old ones after this
+MAX_PORTS = 10
+
+# Payload sizes: what fits the smallest path worth expecting (1280 bytes), and what to do when even that does not.
+MTU_BYTES = {"IPv4": 1280 - 28, "IPv6": 1280 - 64}  # whole datagram behind the UDP header
+FALLBACK_MTU_BYTES = 500
+DATAGRAM_OVERHEAD_BYTES = SEQUENCE.size + TIMESTAMPS.size + TAG_BYTES
+
+if TYPE_CHECKING:
+    Address = Any  # opaque here: compared and handed back, never looked into
+
+
+def clamp(value: float, bounds: tuple[int, int]) -> int:
+    """Return `value`, rounded up, within `bounds`."""
+    return max(bounds[0], min(bounds[1], math.ceil(value)))
+
+
+class RoundTrip:
+    """Smoothed round-trip time and its variation. Source: RFC 6298 section 2, with Mosh's bounds."""
+
+    def __init__(self) -> None:
+        self.srtt_ms = INITIAL_SRTT_MS
+        self.rttvar_ms = INITIAL_SRTT_MS / 2
+        self.measured = False
+
+    def observe(self, sample_ms: int) -> None:
+        """Take one sample into account; one of RTT_LIMIT_MS or more is ignored."""
+        if sample_ms >= RTT_LIMIT_MS:
+            return
+        if self.measured:
+            self.rttvar_ms += (abs(self.srtt_ms - sample_ms) - self.rttvar_ms) / 4
+            self.srtt_ms += (sample_ms - self.srtt_ms) / 8
+        else:
+            self.srtt_ms, self.rttvar_ms, self.measured = float(sample_ms), sample_ms / 2, True
+
+    @property
+    def rto_ms(self) -> int:
+        """Retransmission timeout."""
+        return clamp(self.srtt_ms + 4 * self.rttvar_ms, RTO_MS)
+
+    @property
+    def frame_interval_ms(self) -> int:
+        """Shortest time between two frames."""
+        return clamp(self.srtt_ms / 2, FRAME_INTERVAL_MS)
+
+
+class DatagramLayer:
+    """One end of the sealed, timestamped datagram exchange."""
+
+    def __init__(self, channel: Channel, now: int, *, is_server: bool, mtu_bytes: int = MTU_BYTES["IPv4"]) -> None:
+        self._channel = channel
+        self._is_server = is_server
+        self.round_trip = RoundTrip()
+        self.mtu_bytes = mtu_bytes
+        # whom to answer
+        self.peers: list[Address] = []  # a server has at most one; a client may start with several candidates
+        self.last_heard_at: int | None = None  # arrival of the newest authentic datagram
+        # timestamps
+        self._expected_seq = 0
+        self._saved_timestamp: int | None = None
+        self._saved_at = 0
+        # port hopping
+        self._last_port_choice_at = now
+        self.last_round_trip_at: int | None = None  # when a state known to be acknowledged was sent
+
+    # -- bytes in
+
+    def receive_datagram(self, datagram: bytes, source: Address, now: int, congested: bool = False) -> bytes:
+        """Return the payload of one datagram from `source`. Raises PacketError.
+
+        `congested` says that the network marked it (ECN congestion experienced, RFC 3168).
+        """
+        seq, plaintext = self._channel.open(datagram)
+        if len(plaintext) < TIMESTAMPS.size:
+            raise PacketError("Illegal counterparty input (possible denial of service): no timestamps.")
+        if seq >= self._expected_seq:
+            self._expected_seq = seq + 1
+            timestamp, reply = TIMESTAMPS.unpack_from(plaintext)
+            self._take_timestamps(timestamp, reply, now, congested)
+            self.last_heard_at = now
+            if self._is_server or source in self.peers:
+                self.peers = [source]
+        return plaintext[TIMESTAMPS.size :]
+
+    def _take_timestamps(self, timestamp: int, reply: int, now: int, congested: bool) -> None:
+        if timestamp != NO_TIMESTAMP:
+            self._saved_timestamp = (timestamp - CONGESTION_PENALTY_MS * congested) % 0x10000
+            self._saved_at = now
+        if reply != NO_TIMESTAMP:
+            self.round_trip.observe((_timestamp(now) - reply) % 0x10000)
+
+    # -- bytes out
+
+    def seal(self, payload: bytes, now: int) -> bytes:
+        """Return the datagram that carries `payload`, with this end's clock and, once each, the peer's."""
+        reply = NO_TIMESTAMP
+        if self._saved_timestamp is not None and now - self._saved_at < TIMESTAMP_HOLD_MS:
+            reply = (self._saved_timestamp + now - self._saved_at) % 0x10000
+            self._saved_timestamp = None
+        return self._channel.seal(TIMESTAMPS.pack(_timestamp(now), reply) + payload)
+
+    def forget_silent_peer(self, now: int) -> bool:
+        """Server: after sending, drop an address that has been silent too long. Returns whether it was dropped."""
+        if not self._is_server or not self.peers or self.last_heard_at is None:
+            return False
+        if now - self.last_heard_at <= ASSOCIATION_MS:
+            return False
+        self.peers = []
+        return True
+
+    def shrink_mtu(self) -> None:
+        """The network refused a datagram for its size: use small ones from now on."""
+        self.mtu_bytes = FALLBACK_MTU_BYTES
+
+    # -- port hopping (client)
+
+    def wants_new_port(self, now: int) -> bool:
+        """Return whether it is time to send from another local port; ask after sending."""
+        silent = self.last_round_trip_at is None or now - self.last_round_trip_at > PORT_HOP_MS
+        return not self._is_server and silent and now - self._last_port_choice_at > PORT_HOP_MS
+
+    def port_chosen(self, now: int) -> None:
+        """The client sends from a new local port as of now."""
+        self._last_port_choice_at = now
+
+    def may_close_old_ports(self, now: int) -> bool:
+        """Return whether ports used before the newest one have served long enough; ask after receiving."""
+        return now - self._last_port_choice_at > MAX_OLD_PORT_AGE_MS
+
+
+def _timestamp(now: int) -> int:
+    """Return a clock value as it travels: 16 bits, of which 0xFFFF means "none"."""
+    return 0 if now % 0x10000 == NO_TIMESTAMP else now % 0x10000
+
+
+# ======================================================================================================================
+# == 6. Fragments -- instruction, fragmenter, fragment assembly
+# ======================================================================================================================
+# An instruction says: apply this diff to your copy of my state `old_num` and you have my state `new_num`. It is
+# compressed and cut to the path's size. Assembly keeps the pieces of exactly one instruction: a piece of another one
+# means that the sender has moved on, and so do we. There is no timer and nothing to acknowledge at this level.
+
+MAX_CHAFF_BYTES = 16  # random padding that blurs the length of what was typed
+_MAX_FRAGMENT_NUM = 0x7FFF
+
+
+class Instruction:
+    """One SSP instruction."""
+
+    __slots__ = ("ack_num", "chaff", "diff", "new_num", "old_num", "protocol_version", "throwaway_num")
+
+    def __init__(
+        self, old_num: int, new_num: int, ack_num: int, throwaway_num: int, diff: bytes, chaff: bytes = b""
+    ) -> None:
+        self.protocol_version = PROTOCOL_VERSION
+        self.old_num = old_num
+        self.new_num = new_num
+        self.ack_num = ack_num
+        self.throwaway_num = throwaway_num
+        self.diff = diff
+        self.chaff = chaff
+
+    def encode(self) -> bytes:
+        """Return the protobuf form, all fields in ascending order."""
+        return b"".join(encode_field(i, getattr(self, name)) for i, name in enumerate(INSTRUCTION_FIELDS, 1))
+
+    @classmethod
+    def decode(cls, data: bytes) -> Instruction:
+        """Parse the protobuf form; a missing field reads as 0 or empty. Raises PacketError."""
+        instruction = cls(0, 0, 0, 0, b"")
+        instruction.protocol_version = 0
+        for number, value in decode_fields(data):
+            name = INSTRUCTION_FIELDS[number - 1] if 1 <= number <= len(INSTRUCTION_FIELDS) else None
+            if name is not None and isinstance(value, type(getattr(instruction, name))):
+                setattr(instruction, name, value)
+        return instruction
+
+
+class Fragment:
+    """A piece of one compressed instruction, the payload of one datagram."""
+
+    __slots__ = ("contents", "final", "instruction_id", "num")
+
+    def __init__(self, instruction_id: int, num: int, final: bool, contents: bytes) -> None:
+        self.instruction_id = instruction_id
+        self.num = num
+        self.final = final
+        self.contents = contents
+
+    def encode(self) -> bytes:
+        """Return the payload for DatagramLayer.seal."""
+        return FRAGMENT_HEADER.pack(self.instruction_id, FINAL_FRAGMENT * self.final | self.num) + self.contents
+
+    @classmethod
+    def decode(cls, data: bytes) -> Fragment:
+        """Parse one payload. Raises PacketError if the header is cut short."""
+        if len(data) < FRAGMENT_HEADER.size:
+            raise PacketError(f"fragment of {len(data)} bytes has no header")
+        instruction_id, word = FRAGMENT_HEADER.unpack_from(data)
+        contents = data[FRAGMENT_HEADER.size :]
+        return cls(instruction_id, num=word & _MAX_FRAGMENT_NUM, final=bool(word & FINAL_FRAGMENT), contents=contents)
+
+
+class Fragmenter:
+    """Cuts instructions into fragments and numbers them: an id is never used for two different contents."""
+
+    def __init__(self) -> None:
+        self._next_id = 1
+
+    def fragments(self, instruction: Instruction, mtu_bytes: int) -> list[Fragment]:
+        """Return the pieces of `instruction` for datagrams of at most `mtu_bytes`. Raises ProtocolError if too big."""
+        serialized = instruction.encode()
+        compressed = deflate(serialized)
+        size = mtu_bytes - DATAGRAM_OVERHEAD_BYTES - FRAGMENT_HEADER.size
+        count = -(-len(compressed) // size)
+        if max(len(serialized), len(compressed)) > INSTRUCTION_LIMIT_BYTES or count > _MAX_FRAGMENT_NUM + 1:
+            raise ProtocolError(f"an instruction of {len(serialized)} bytes is more than the protocol can carry")
+        instruction_id, self._next_id = self._next_id, self._next_id + 1
+        return [
+            Fragment(instruction_id, num, num == count - 1, compressed[num * size : (num + 1) * size])
+            for num in range(count)
+        ]
+
+
+class FragmentAssembly:
+    """Collects the fragments of the instruction being received."""
+
+    def __init__(self) -> None:
+        self._id: int | None = None
+        self._clear()
+
+    def _clear(self) -> None:
+        self._pieces: dict[int, bytes] = {}
+        self._size = 0
+        self._highest = -1
+        self._count: int | None = None  # known once the final fragment is here
+
+    def add(self, fragment: Fragment) -> Instruction | None:
+        """Return the instruction that `fragment` completes, else None. Raises PacketError, dropping what was bad."""
+        if fragment.instruction_id != self._id:
+            self._id = fragment.instruction_id
+            self._clear()
+        if self._contradicts(fragment):
+            raise PacketError("fragment contradicts an earlier one of the same instruction")
+        if fragment.num not in self._pieces:
+            self._pieces[fragment.num] = fragment.contents
+            self._size += len(fragment.contents)
+            self._highest = max(self._highest, fragment.num)
+        if fragment.final:
+            self._count = fragment.num + 1
+        if self._size > INSTRUCTION_LIMIT_BYTES:
+            self._clear()
+            raise PacketError("fragments of one instruction exceed the limit")
+        if len(self._pieces) != self._count:
+            return None
+        compressed = b"".join(self._pieces[num] for num in range(self._count))
+        self._clear()
+        return Instruction.decode(inflate(compressed))
+
+    def _contradicts(self, fragment: Fragment) -> bool:
+        known = self._pieces.get(fragment.num, fragment.contents)
+        beyond = self._count is not None and fragment.num >= self._count
+        moved_end = fragment.final and (self._highest > fragment.num or self._count not in (None, fragment.num + 1))
+        return known != fragment.contents or beyond or moved_end
+
+
+# ======================================================================================================================
+# == 7. Transport -- SSP: sender, receiver, timers; generic over any state
+# ======================================================================================================================
+# The State Synchronization Protocol. Each end numbers the states of its own object. An instruction carries the diff
+# from a state the receiver is thought to have (`old_num`) to the newest one (`new_num`), so nothing is ever resent
+# for its own sake: the next diff simply starts from an older state. Three numbers keep both ends tidy:
+#
+#   ack_num        newest state received from the other end
+#   throwaway_num  the receiver may forget states below this: no later diff will start from them
+#   LAST_STATE_NUM as new_num: this end is shutting down; once acknowledged, it is gone
+#
+# The sender keeps the states that may still be a base: sent[0] is known to have arrived, the rest is in flight. A state
+# in flight is *assumed* to have arrived for one retransmission timeout, then no longer, and diffs start further back.
+# How often it sends is the frame interval, half the smoothed round trip: about one instruction is then always under
+# way, and a flood of output never fills the network's buffers, which is why Ctrl-C works.
+
+COLLECT_MS = {"server": 8, "client": 1}  # changes are gathered this long before they are sent
+ACK_INTERVAL_MS = 3_000  # an idle peer still hears from us this often, which keeps NAT mappings open
+ACK_DELAY_MS = 100  # an ack waits this long for data to ride on; also slack on top of the RTO
+ACTIVE_RETRY_MS = 10_000  # resend at frame rate only while the peer has been heard so recently
+assert max(COLLECT_MS.values()) < ACK_DELAY_MS < ACK_INTERVAL_MS < ACTIVE_RETRY_MS
+
+SHUTDOWN_TRIES = 16
+SHUTDOWN_MS = 10_000
+SENT_LIMIT = 32  # states in flight; beyond it one from the middle is dropped, so old and new bases remain
+SENT_DROP = 16  # which one, counted from the newest
+RECEIVED_LIMIT = 1_024  # states kept for the peer's diffs; beyond it only one more is taken per quench time
+QUENCH_MS = 15_000
+RESEND_LIMIT_BYTES, RESEND_EXTRA_BYTES = 1_000, 100  # diff from what is known to be there if it costs no more than this
+
+
+class State(Protocol):
+    """What the transport needs of an object it synchronizes. A state never changes once it has been handed over."""
+
+    def diff_from(self, base: Any) -> bytes:
+        """Return the message that turns `base`, an earlier state, into this one; empty if they are alike."""
+
+    def applied(self: Remote, diff: bytes) -> Remote:
+        """Return a new state: this one with a peer's message applied. Raises PacketError."""
+
+    def forget_before(self, base: Any) -> None:
+        """Everything before `base` has arrived: no diff will start from an earlier state."""
+
+
+class NumberedState(Generic[Local]):
+    """A state, its number, and when it was last sent or first received."""
+
+    __slots__ = ("at", "num", "state")
+
+    def __init__(self, num: int, at: int, state: Local) -> None:
+        self.num = num
+        self.at = at
+        self.state = state
+
+
+class Sender(Generic[Local]):
+    """The half of the transport that keeps the peer's copy of `current` fresh."""
+
+    def __init__(self, initial: Local, now: int, collect_ms: int, round_trip: RoundTrip) -> None:
+        self.current = initial
+        self.sent = [NumberedState(0, now, initial)]  # sent[0]: newest state that the peer has acknowledged
+        self._assumed = self.sent[0]  # newest state that the peer has, as far as we dare to assume
+        # what the next instruction acknowledges
+        self.ack_num = 0
+        self.data_ack_due = False
+        self.peer_state_at: int | None = None  # when the last new peer state arrived
+        # timers: absolute ms, None for never
+        self._collect_ms = collect_ms
+        self._round_trip = round_trip
+        self._changed_at: int | None = None  # when `current` first differed from the last state sent
+        self._next_send_at: int | None = None
+        self._next_ack_at: int = now
+        # shutdown
+        self.shutdown_at: int | None = None
+        self.shutdown_tries = 0
+
+    # -- timers
+
+    def update_timers(self, now: int) -> None:
+        """Work out anew what to assume and when to send. Source: stock mosh's rules, which a peer may rely on."""
+        self._assumed = self._assume(now)
+        self.current.forget_before(self.sent[0].state)
+        if self.data_ack_due:
+            self._next_ack_at = min(self._next_ack_at, now + ACK_DELAY_MS)
+        last = self.sent[-1]
+        interval = self._round_trip.frame_interval_ms
+        active = self.peer_state_at is not None and self.peer_state_at + ACTIVE_RETRY_MS > now
+        if self.current != last.state:
+            if self._changed_at is None:
+                self._changed_at = now
+            self._next_send_at = max(self._changed_at + self._collect_ms, last.at + interval)
+        elif active and self.current != self._assumed.state:
+            self._next_send_at = last.at + interval
+            if self._changed_at is not None:
+                self._next_send_at = max(self._next_send_at, self._changed_at + self._collect_ms)
+        elif active and self.current != self.sent[0].state:
+            self._next_send_at = last.at + self._round_trip.rto_ms + ACK_DELAY_MS
+        else:
+            self._next_send_at = None
+        if self.shutdown_at is not None or self.ack_num == LAST_STATE_NUM:
+            self._next_ack_at = last.at + interval
+
+    def _assume(self, now: int) -> NumberedState[Local]:
+        """Return the newest state in an unbroken run of those sent within a retransmission timeout."""
+        assumed = self.sent[0]
+        for entry in self.sent[1:]:
+            if now - entry.at >= self._round_trip.rto_ms + ACK_DELAY_MS:
+                break
+            assumed = entry
+        return assumed
+
+    def next_timeout(self) -> int:
+        """Return when instruction_to_send next wants to be asked, as of the last update_timers."""
+        return self._next_ack_at if self._next_send_at is None else min(self._next_ack_at, self._next_send_at)
+
+    # -- instructions out
+
+    def instruction_to_send(self, now: int) -> Instruction | None:
+        """Return the instruction that is due, if one is, and count it as sent. Call update_timers first."""
+        ack_due = now >= self._next_ack_at
+        if not ack_due and (self._next_send_at is None or now < self._next_send_at):
+            return None
+        base, diff = self._best_diff()
+        if not diff and not ack_due:
+            self._next_send_at = self._changed_at = None
+            return None
+        return self._send(base, diff, now)
+
+    def _best_diff(self) -> tuple[NumberedState[Local], bytes]:
+        """Diff from the assumed state, or from the acknowledged one where that costs little and is safer."""
+        base, diff = self._assumed, self.current.diff_from(self._assumed.state)
+        if base is not self.sent[0]:
+            full = self.current.diff_from(self.sent[0].state)
+            extra = len(full) - len(diff)
+            if extra <= 0 or (len(full) < RESEND_LIMIT_BYTES and extra < RESEND_EXTRA_BYTES):
+                return self.sent[0], full
+        return base, diff
+
+    def _send(self, base: NumberedState[Local], diff: bytes, now: int) -> Instruction:
+        last = self.sent[-1]
+        retransmission = bool(diff) and self.current == last.state  # an empty ack takes a number of its own
+        num = LAST_STATE_NUM if self.shutdown_at is not None else last.num if retransmission else last.num + 1
+        if num == last.num:
+            last.at = now
+        else:
+            self.sent.append(NumberedState(num, now, self.current))
+            if len(self.sent) > SENT_LIMIT:
+                del self.sent[-SENT_DROP]
+        if num == LAST_STATE_NUM:
+            self.shutdown_tries += 1
+        self._next_ack_at = now + ACK_INTERVAL_MS
+        self._next_send_at = self._changed_at = None
+        self.data_ack_due = False
+        return Instruction(base.num, num, self.ack_num, self.sent[0].num, diff)
+
+    # -- acks in
+
+    def process_ack(self, ack_num: int) -> None:
+        """The peer has state `ack_num`; a number no longer kept is ignored."""
+        for i, entry in enumerate(self.sent):
+            if entry.num == ack_num:
+                del self.sent[:i]
+                return
+
+
+class Receiver(Generic[Remote]):
+    """The half of the transport that holds the copies of the peer's object."""
+
+    def __init__(self, initial: Remote, now: int) -> None:
+        self.states = [NumberedState(0, now, initial)]  # ascending by number; the last one is the newest
+        self._quench_until = 0
+
+    def receive(self, instruction: Instruction, now: int) -> bool:
+        """Take in the state that `instruction` describes. Returns whether it is the newest. Raises PacketError."""
+        nums = [entry.num for entry in self.states]
+        if instruction.new_num in nums or instruction.old_num not in nums:
+            return False  # a duplicate, or a diff from a state we no longer have or never got
+        base = self.states[nums.index(instruction.old_num)]
+        kept = [entry for entry in self.states if entry.num >= instruction.throwaway_num]
+        if len(kept) > RECEIVED_LIMIT:
+            if now < self._quench_until:
+                self.states = kept
+                return False
+            self._quench_until = now + QUENCH_MS
+        state = base.state.applied(instruction.diff) if instruction.diff else base.state
+        at = bisect.bisect([entry.num for entry in kept], instruction.new_num)
+        kept.insert(at, NumberedState(instruction.new_num, now, state))
+        self.states = kept
+        state.forget_before(kept[0].state)
+        return at == len(kept) - 1
+
+
+class Phase(Enum):
+    """Where a session is in its life."""
+
+    CONNECTING = auto()  # no state of the peer has arrived
+    CONNECTED = auto()  # one has
+    CLOSING = auto()  # our last state is out, its ack is awaited
+    CLOSED = auto()  # acked, or given up, or the peer has gone: nothing more is sent
+
+
+class Transport(Generic[Local, Remote]):
+    """One end of an SSP session: datagrams in and out, a local state to publish, a remote state to read."""
+
+    def __init__(
+        self,
+        datagrams: DatagramLayer,
+        local: Local,
+        remote: Remote,
+        now: int,
+        *,
+        collect_ms: int,
+        random_bytes: Callable[[int], bytes],
+    ) -> None:
+        self.datagrams = datagrams
+        self.sender = Sender(local, now, collect_ms, datagrams.round_trip)
+        self.receiver = Receiver(remote, now)
+        self.phase = Phase.CONNECTING
+        self.clean = False  # once CLOSED: whether both ends agreed on it
+        self.stats = dict.fromkeys(("received", "dropped", "sent", "bytes_received", "bytes_sent"), 0)
+        self._fragmenter = Fragmenter()
+        self._assembly = FragmentAssembly()
+        self._random_bytes = random_bytes
+        self._last_ack_sent = False  # the peer is shutting down and has been told that we know
+
+    # -- bytes in
+
+    def receive_datagram(self, data: bytes, source: Address, now: int, congested: bool = False) -> None:
+        """Take in one UDP payload from `source`. Raises PacketError; the session goes on as if it had not come."""
+        try:
+            payload = self.datagrams.receive_datagram(data, source, now, congested)
+            self.stats["received"] += 1
+            self.stats["bytes_received"] += len(data)
+            instruction = self._assembly.add(Fragment.decode(payload))
+            if instruction is not None:
+                self._receive_instruction(instruction, now)
+        except PacketError:
+            self.stats["dropped"] += 1
+            raise
+
+    def _receive_instruction(self, instruction: Instruction, now: int) -> None:
+        if instruction.protocol_version != PROTOCOL_VERSION:
+            raise PacketError("mosh protocol version mismatch")
+        sender = self.sender
+        sender.process_ack(instruction.ack_num)
+        self.datagrams.last_round_trip_at = sender.sent[0].at
+        if self.receiver.receive(instruction, now):
+            sender.ack_num = instruction.new_num
+            sender.peer_state_at = now
+            sender.data_ack_due = sender.data_ack_due or bool(instruction.diff)
+            if self.phase is Phase.CONNECTING:
+                self.phase = Phase.CONNECTED
+        if self.phase is Phase.CLOSING and sender.sent[0].num == LAST_STATE_NUM:
+            self._close(clean=True)
+
+    # -- bytes out
+
+    def datagrams_to_send(self, now: int) -> list[bytes]:
+        """Return the datagrams that are due, each for every address in `datagrams.peers`."""
+        self._check_shutdown(now)
+        self.sender.update_timers(now)
+        if self.phase is Phase.CLOSED or not self.datagrams.peers:
+            return []
+        instruction = self.sender.instruction_to_send(now)
+        if instruction is None:
+            return []
+        instruction.chaff = self._random_bytes(self._random_bytes(1)[0] % (MAX_CHAFF_BYTES + 1))
+        fragments = self._fragmenter.fragments(instruction, self.datagrams.mtu_bytes)
+        out = [self.datagrams.seal(fragment.encode(), now) for fragment in fragments]
+        self.stats["sent"] += len(out)
+        self.stats["bytes_sent"] += sum(map(len, out))
+        if instruction.ack_num == LAST_STATE_NUM:
+            self._last_ack_sent = True
+        self.sender.update_timers(now)
+        return out
+
+    # -- timers
+
+    def next_timeout(self) -> int | None:
+        """Return when datagrams_to_send has to be asked next; None while there is nobody to send to."""
+        if self.phase is Phase.CLOSED:
+            return None
+        deadlines = [self.sender.next_timeout()] if self.datagrams.peers else []
+        if self.sender.shutdown_at is not None:
+            deadlines.append(self.sender.shutdown_at + SHUTDOWN_MS)
+        return min(deadlines, default=None)
+
+    def _check_shutdown(self, now: int) -> None:
+        sender = self.sender
+        if self._last_ack_sent:
+            self._close(clean=True)  # the peer heard it or it did not; it does not wait for us, nor we for it
+        elif sender.shutdown_at is not None and (
+            sender.shutdown_tries >= SHUTDOWN_TRIES or now - sender.shutdown_at >= SHUTDOWN_MS
+        ):
+            self._close(clean=False)
+
+    # -- local and remote state
+
+    def set_current(self, state: Local, now: int) -> None:
+        """Publish `state`; refused silently once this end is closing, since its last state is already out."""
+        if self.sender.shutdown_at is None:
+            self.sender.current = state
+            self.sender.update_timers(now)
+
+    def start_shutdown(self, now: int) -> None:
+        """Tell the peer that this end is leaving; the phase becomes CLOSED when it knows or cannot be told."""
+        if self.sender.shutdown_at is None and self.phase is not Phase.CLOSED:
+            self.sender.shutdown_at = now
+            self.phase = Phase.CLOSING
+            self.sender.update_timers(now)
+
+    def _close(self, clean: bool) -> None:
+        if self.phase is not Phase.CLOSED:
+            self.phase, self.clean = Phase.CLOSED, clean
+
+    # -- queries
+
+    @property
+    def remote(self) -> NumberedState[Remote]:
+        """The newest state of the peer, with its number and time of arrival."""
+        return self.receiver.states[-1]
+
+    @property
+    def last_sent_num(self) -> int:
+        """The number of our newest state on its way."""
+        return self.sender.sent[-1].num
+
+    @property
+    def last_acked_at(self) -> int:
+        """When the newest of our states that the peer is known to have was sent."""
+        return self.sender.sent[0].at
+
+
+# ======================================================================================================================
+# == 8. Text -- UTF-8 decoding, character widths
+# ======================================================================================================================
+# Both ends must read the same bytes as the same cells, or the screens drift apart for good. So malformed UTF-8 is
+# replaced exactly as the C library's `mbrtowc` makes stock mosh do it, and a width is what glibc 2.36 says (Unicode
+# 14) wherever that differs from the `wcwidth` package. Newer characters have the package's width. All code points that
+# two ends might judge differently are "doubtful": after drawing one, the display says explicitly where it goes on.
+
+INVALID_CHAR = "\ufffd"
+
+# What UTF-8 may look like, longest runs first tried; used only where `bytes.decode` found a fault.
+_WELL_FORMED = re.compile(
+    rb"(?:[\x00-\x7f]+|[\xc2-\xdf][\x80-\xbf]|\xe0[\xa0-\xbf][\x80-\xbf]|[\xe1-\xec\xee\xef][\x80-\xbf]{2}"
+    rb"|\xed[\x80-\x9f][\x80-\xbf]|\xf0[\x90-\xbf][\x80-\xbf]{2}|[\xf1-\xf3][\x80-\xbf]{3}|\xf4[\x80-\x8f][\x80-\xbf]{2})+"
+)
+# (first lead byte, length, smallest code point that needs it). The lengths 5 and 6 of old UTF-8 are still recognized.
+_UTF8_LEADS = (
+    *((0x00, 1, 0), (0x80, 0, 0), (0xC2, 2, 0), (0xE0, 3, 0x800)),
+    *((0xF0, 4, 0x10000), (0xF8, 5, 0x200000), (0xFC, 6, 0x4000000), (0xFE, 0, 0)),
+)
+
+
+def _decode_one(pending: bytes) -> str | None:
+    """Return the one character in `pending`, INVALID_CHAR or None for "more bytes needed", as `mbrtowc` would."""
+    lead = pending[0]
+    _first, length, smallest = _UTF8_LEADS[bisect.bisect([row[0] for row in _UTF8_LEADS], lead) - 1]
+    if length == 0 or any(not 0x80 <= byte <= 0xBF for byte in pending[1:]):
+        return ""
+    if len(pending) < length:
+        return None
+    value = lead if length == 1 else lead & (0x7F >> length)
+    for byte in pending[1:]:
+        value = value << 6 | byte & 0x3F
+    if value < smallest or 0xD800 <= value <= 0xDFFF:
+        return ""
+    return chr(value) if value <= sys.maxunicode else INVALID_CHAR
+
+
+class Utf8Decoder:
+    """Incremental UTF-8 decoder; a character may be cut by the end of a feed."""
+
+    def __init__(self) -> None:
+        self._pending = b""
+
+    def decode(self, data: bytes) -> str:
+        """Return the characters that `data` completes, with U+FFFD where it is malformed."""
+        if not self._pending:
+            try:
+                return data.decode()
+            except UnicodeDecodeError:
+                pass
+        out = []
+        at = 0
+        while at < len(data):
+            match = None if self._pending else _WELL_FORMED.match(data, at)
+            if match:
+                out.append(match.group().decode())
+                at = match.end()
+            else:
+                self._step(data[at : at + 1], out)
+                at += 1
+        return "".join(out)
+
+    def _step(self, byte: bytes, out: list[str]) -> None:
+        self._pending += byte
+        while self._pending:
+            char = _decode_one(self._pending)
+            if char is None:
+                return
+            # Of a malformed sequence all but the last byte become one U+FFFD, and the last is tried again.
+            out.append(char or INVALID_CHAR)
+            self._pending = b"" if char or len(self._pending) == 1 else self._pending[-1:]
+
+
+# Code points judged differently by glibc 2.36 and `wcwidth`, or unknown to Unicode 14. Per run "gap length verdict" in
+# hexadecimal, compressed. Generated by tests/make_width_table.py, 2026-11-22, wcwidth 0.9.4.
+WIDTH_EXCEPTIONS = (
+    "c-oa&*|qE_3{1rV+z$|&3CC;xAq=PrP~U!U&diV73kad5RHEJHH}?}t*`)pEEw*dXcOKV>pZ(Tf$@=5kHU0!?liCkO=!4sGAAYK!yq*2QJs5"
+    "FejkG=e>C~s-_2<PZ7=e|~E%p0XmlA!zviWR3(iiMMvW0ft+j{cTWeL<09qihNE>R#C%8%`Zc8&bpW#Ha%^17F8=i2>!)bU+Hg3wA4ey*80="
+    "xa^+xUQ`_U0=+!pxXJZsE&T#d%qpOR;w^B27RxV%ns9hKPF>`p1Qo#BA2c<EcGAE`MH=^q5fZt>giBX=l;dCGB?|e8s;{m-irxS;hQjRcd59"
+    "wKT#_WTRUU-vHNVi+#}Q{M4%4(urlp}{Ui-NXTC=@o|rcXTr32O96IJy#r`1s_=7pqT*i82#Aq>QUb!MvNTy8D_inrB$Is>EVk-DQnkuMKgD"
+    "S*aJ-#&ZaD(4Xcw*~?Q5}syZ?a%l8Ci9;q0)5?hfeeNCh3>+6CujNR-td!tIUo2DZZJ-b;*w|gXt1=nFltX@BGB5u|8ZEbzCMAskT*r4yJVJ"
+    "uM&Nf_3GE>VVpEg<V!U!vq(&+vY*BO>sTlp?2H&N5xLNu*NvSr!5<6U`YlxePGUyX^&ohN>X+L_4?G2P6m=&8!zV^yp4YK9mJy(R%$o6@nrm"
+    "hWqtK>vp0NlRmxJy;5yNpUZ~_xf19Yq$o@x%W4P|!~4~eJI_<@7oO;G4wVsldku#rrndJ|Jbxp!t{`}|CF93j!l<Em%SCorpe{gGYmxpPKP|"
+    "AtXkBePyks=cFFco-kTbb$YGwte`>AA5aawPdp3;XM5wSh7~S3+hBT^@&Jv>i&Cl#U8m)l|B*1-IhE2Cbj60W>fgjYj)g#hlDJOPaJ`)$eM2"
+    "K?*2-suoI0RU__m%@;|N*;RrhWYXM)2U(JGMii1_B?XHgxy+C-AUS)VlW4oIx^uX02kv^;ox!+;Qy^Sjpkd`fWk%=u@y0y+-U48ZZi3E4A*F"
+    "<gO6p6A%?&eMCB^8Y*4?F1&sZ_6Wq(GMrD1%-pw|iz;)-(_k)IE-GQn|R$N?v}K2_-i%MkX{X0!$9kB5y~*T{t_E?U?a9uD?Az6GTxm7)CIz"
+    "enJCmAm;&aYh@&Yr0x!wk{S6;O*MuNBT+bPHToia<?gm@-Z^j3=G+2PNr3}`<q;N|Qo!su1@6TV#`+Ev318b^^l=#Bm{j6|^usP9Olv_}tC4"
+    "`lKv-ct*jfHi!lh?yi}PJjlmpE4g2hKv&58&~3*bFk0ZFW~(siqkwS643;|TvIIcl_B27xT?Jpb^XTrW<t<45YC#_WhGKp4}oY7#XkxoJs1X"
+    "wi~73N>5=1?v`^H7TGL!@2Vg5E_NdvWOb0?h-R?w`}mHJL9B`sFzJcgbf1p(wzlxWKJ6E9&92mHBRcYVpF#u+HU+5dULu#^^B7<H<^)z$T6F"
+    "4w<<O57Y1K-IxbJXHKmaZ_dK9$`&9A)wTvgQ`7*(9;=pMG3z(zPIWXq{dl-FLSwV%`y3bJWB6rxYPKq5IslE`o1SM4cbb{G>hz_$lL$%716`"
+    "n69wn7tRf~)N69jf<#I;>%6Q6l}>RgL>F??2m`L?jqrLC8Uy+;&(OO~iDDH~;eEf0+>fGG4v{%HLoaVbUD9m{w>zf0p?&<08%?mKnWAMv<{C"
+    "{Tc=OX1uU`h|>yqq<KHAxIvxBq*2)<iMNb^CmN<P0L-;eKI>|(>X4)09yBp`I&1MT8BI<8)#^FZ6n=KvRTYbQMNu(U5Vb-a&Hp)C1NlMT7nm"
+    "Hx^i*Jom2Kq-f|=N*=>uIShFBc)0H_X_Ule<E1;;8F;%u0^IaucQV*P!1auI{qt7>2?+o8_1%<^&E;b+S{(e5&2Y3*ag=EDO4+iUxeyr|!3n"
+    "bJH}X$Y^;T^k0do-a9Cx9kOQZu3F`3v_+k8R#6@IMgBb(6Mhl7weDBM8^rd4AlP8JP2&#UiQ5jbDj?w6&bwYSpC;w&&fz`S}vZ>E}-($ISw1"
+    "D&3``hT@BFg6{kCcr&wBI2k>;V>{xrXM3;BhFpG^><FzarTYKf!t-t!N0D5mIS8YHBHWH6wOZ-ApFM(C6THv~8EwjWq@?Lk)nw6@QFv9`}=u"
+    "vZ!#&3dK-`mE<8BKKgVqz#*NL+X-&mbI{3~>ux><d>3j$M`Gc8Ka|QTE<5#o^5+SXObGn02ilzL~PjCSR3O%HQ{rP;g@TIJ8_PDzd{{6_32g"
+    "9z^Umo-R`tlR1hV;TBE#@Ivf5A5Ejtf+lD4EIa`ro`dl{EF1C)1g_xCamgsE2;yd-2-`2u7q>X@;Hf;QjDrDroKKPF-B3=DCO2W^{A$K7ZsN"
+    "67G=G)F$1S6N5Oy^@Pf8Vl+JK8pktwH|#pZ84m$|oVxy+w74-D5m%u?eRAkSmF@8f~+7dd~s+L1OR<JY>!@K>74r12`y2ku!XJ{i&cn!~Sm)"
+    "FFknhn5cn@I&kHy(Cm~R?r&BL#?)(_L0X8NM-~@>8r+m5D=z|c>=X{*W#XSHTfPM2))936Rp$ro-kUN7jeeM!{e@?H3Zqy2YZ~Z;4mP6@Gx&"
+    "Ms0%tim|6e2^G%p<3g2}5*Y!6~(&?V9lG51xup#kID^C2mADhQ{m+hKX^fz0@&L@#`^}vB<>lPm!65=Q=;+abI+()sF4yDkAi}9i^Yu4#Xyb"
+    "W_7Z9?Ang{{WTKT$*A4F"
+)
+_VERDICTS = (-1, 0, 1, 2, None)  # None: the package decides
+_JOINERS = "\u200d\ufe0e\ufe0f"  # the two ends agree on these, but the user's terminal may not
+
+
+@lru_cache(maxsize=1)
+def _width_exceptions() -> tuple[list[int], list[int | None]]:
+    """Return the exceptions as (first code points of runs, verdict per run), -2 for "not an exception"."""
+    starts: list[int] = [0]
+    verdicts: list[int | None] = [-2]
+    import base64  # 2 ms
+
+    for run in zlib.decompress(base64.b85decode(WIDTH_EXCEPTIONS)).decode("ascii").split(","):
+        gap, length, verdict = (int(word, 16) for word in run.split())
+        starts += [starts[-1] + gap, starts[-1] + gap + length]
+        verdicts += [_VERDICTS[verdict], -2]
+    return starts, verdicts
+
+
+@lru_cache(maxsize=1)
+def _package_width() -> Callable[[str], int]:
+    """Return `wcwidth`: from the table baked into mosh.pyz, from the package, or as a last resort by the stdlib."""
+    try:
+        import mosh_widths  # made by build_zipapp.py
+
+        return lambda char: mosh_widths.WIDTHS[bisect.bisect(mosh_widths.STARTS, ord(char)) - 1] - 1
+    except ImportError:
+        pass
+    try:
+        from wcwidth import wcwidth  # 28 ms, hence only when the first character beyond Latin-1 comes
+
+        return wcwidth
+    except ImportError:
+        import unicodedata
+
+    def by_category(char: str) -> int:
+        if unicodedata.category(char) in ("Mn", "Me", "Cf"):
+            return 0
+        return 2 if unicodedata.east_asian_width(char) in "WF" else 1
+
+    return by_category
+
+
+@lru_cache(maxsize=8192)
+def char_width(char: str) -> int:
+    """Return the number of columns of one character: 1, 2, 0 if it combines, -1 if it is not printable at all."""
+    if " " <= char <= "~" or "\xa0" <= char <= "\xff":
+        return 1
+    if char < " " or char < "\xa0":
+        return -1
+    starts, verdicts = _width_exceptions()
+    verdict = verdicts[bisect.bisect(starts, ord(char)) - 1]
+    return _package_width()(char) if verdict is None or verdict == -2 else verdict
+
+
+@lru_cache(maxsize=8192)
+def is_width_doubtful(char: str) -> bool:
+    """Return whether another terminal may well give `char` a different width."""
+    starts, verdicts = _width_exceptions()
+    return char > "\xff" and (char in _JOINERS or verdicts[bisect.bisect(starts, ord(char)) - 1] != -2)
+
+
+# Characters of width 1 that make up nearly all text: ASCII, Latin, Cyrillic, box drawing and blocks. Text beyond these
+# is only slower. NUL stands for an empty cell.
+_NARROW = " -~\xa0-\u02ff\u0400-\u0482\u048a-\u052f\u2500-\u25fc"
+NARROW_RUN = re.compile(f"[{_NARROW}]+")
+NARROW_CELLS = re.compile(f"[\0{_NARROW}]*")
+
+
+# ======================================================================================================================
+# == 9. Framebuffer -- rendition, cell, row, cursor, framebuffer
+# ======================================================================================================================
+# A screen is copied for every state in flight and compared with every other, so a row is built for copying and
+# comparing in C: two strings of equal length, one code point per cell. `text` holds what a cell shows; `attrs` names
+# its rendition (colours and attributes). Both are trimmed: cells past their end are empty and have the row's `fill`.
+#
+#     text   "$ ls\0\0x"        attrs  "00001110"        fill "0"
+#
+# A row never changes. Writing replaces it in the framebuffer, so snapshots share rows for nothing and "is it the same
+# row?" is mostly answered by identity. What does not fit one code point is named by one, in a codebook that all
+# framebuffers of a session share: a cluster (base character with combining marks) by a private code point, a
+# rendition by a number in the order of first use.
+
+NUL = "\0"  # an empty cell, and the cell covered by the right half of a wide character
+
+BOLD, ITALIC, UNDERLINED, BLINK, INVERSE, INVISIBLE = (1 << n for n in (1, 3, 4, 5, 7, 8))  # bit n is SGR parameter n
+ATTRIBUTE_NUMBERS = (1, 3, 4, 5, 7, 8)
+RGB = 0x1000000  # a colour is None, a palette index 0..255, or RGB | red << 16 | green << 8 | blue
+
+CLUSTER_LIMIT_BYTES = 32  # a cell that has reached this takes no more combining marks
+_NARROW_CLUSTERS, _WIDE_CLUSTERS = 0x100000, 0x108000  # code points for clusters: plane 16, one half each
+_CODES_PER_TABLE = 0x7FF0  # entries before unused ones are looked for
+_WRAP_BIT = 0x8000  # added to the rendition code of a row's last cell: the line goes on in the next row
+_SWEEP_EVERY = 2_048  # new entries that must pass between two sweeps of a full table
+assert _CODES_PER_TABLE <= _WRAP_BIT
+
+
+class Rendition:
+    """How a cell is shown: attribute bits, foreground and background colour. Never changes once made."""
+
+    __slots__ = ("attributes", "background", "foreground")
+
+    def __init__(self, attributes: int = 0, foreground: int | None = None, background: int | None = None) -> None:
+        self.attributes = attributes
+        self.foreground = foreground
+        self.background = background
+
+    @property
+    def key(self) -> tuple[int, int | None, int | None]:
+        """All there is to it, for comparing."""
+        return self.attributes, self.foreground, self.background
+
+    def sgr(self) -> str:
+        """Return the control sequence that selects this rendition whatever was selected before."""
+        numbers = ["0"] + [str(n) for n in ATTRIBUTE_NUMBERS if self.attributes >> n & 1]
+        for base, color in ((30, self.foreground), (40, self.background)):
+            if color is None:
+                continue
+            if color >= RGB:
+                numbers.append(f"{base + 8};2;{color >> 16 & 255};{color >> 8 & 255};{color & 255}")
+            else:
+                numbers.append(str(base + color) if color < 8 else f"{base + 8};5;{color}")
+        return f"\x1b[{';'.join(numbers)}m"
+
+
+class Cell:
+    """One cell, as seen from outside the framebuffer."""
+
+    __slots__ = ("contents", "fallback", "rendition", "wide", "wrap")
+
+    def __init__(self, contents: str, rendition: Rendition, wide: bool, fallback: bool, wrap: bool) -> None:
+        self.contents = contents  # empty, or a character and its combining marks
+        self.rendition = rendition
+        self.wide = wide  # covers the next cell too
+        self.fallback = fallback  # contents start with a combining mark
+        self.wrap = wrap  # last cell of a line that goes on in the next row
+
+
+class Codebook:
+    """Names renditions and clusters by single code points, for all framebuffers of a session.
+
+    Both tables are bounded. A full one is swept: what no live framebuffer uses is dropped. If that frees nothing, new
+    renditions read as the default one and marks are not added to their cells; no program has come near that.
+    """
+
+    DEFAULT = "\0"  # the code of the default rendition
+
+    def __init__(self) -> None:
+        self._renditions: dict[str, Rendition] = {}
+        self._rendition_codes: dict[tuple[int, int | None, int | None], str] = {}
+        self._clusters: dict[str, tuple[str, bool, bool]] = {}
+        self._cluster_codes: dict[tuple[str, bool, bool], str] = {}
+        self._holders: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._free: dict[int, Iterator[int]] = {
+            0: iter(range(_CODES_PER_TABLE)),
+            _NARROW_CLUSTERS: iter(range(_NARROW_CLUSTERS, _NARROW_CLUSTERS + _CODES_PER_TABLE)),
+            _WIDE_CLUSTERS: iter(range(_WIDE_CLUSTERS, _WIDE_CLUSTERS + _CODES_PER_TABLE)),
+        }
+        self._until_sweep = 0
+        self._erased: dict[str, str] = {}
+        self.rendition_code(Rendition())
+
+    def register(self, holder: Any) -> None:
+        """`holder.codes_in_use()` yields strings whose code points a sweep has to keep, as long as it lives."""
+        self._holders.add(holder)
+
+    # -- renditions
+
+    def rendition_code(self, rendition: Rendition) -> str:
+        """Return the code point that stands for `rendition` in `attrs`."""
+        code = self._rendition_codes.get(rendition.key)
+        if code is None:
+            code = self._next_code(0)
+            if code is None:
+                return self.DEFAULT
+            self._rendition_codes[rendition.key] = code
+            self._renditions[code] = rendition
+        return code
+
+    def rendition(self, code: str) -> Rendition:
+        """Return the rendition that `code` stands for, with or without the wrap bit."""
+        return self._renditions.get(without_wrap(code)) or self._renditions[self.DEFAULT]
+
+    def erased_code(self, pen: str) -> str:
+        """Return the code of an erased cell under `pen`: its background and nothing else (back colour erase)."""
+        code = self._erased.get(pen)
+        if code is None:
+            code = self.rendition_code(Rendition(background=self.rendition(pen).background))
+            self._erased[pen] = code
+        return code
+
+    # -- clusters
+
+    def cell_code(self, contents: str, wide: bool, fallback: bool) -> str:
+        """Return the code point that stands for such a cell in `text`."""
+        if not contents:
+            return NUL
+        if len(contents) == 1 and not fallback and ord(contents) < _NARROW_CLUSTERS:
+            if wide == (char_width(contents) == 2):
+                return contents
+        key = (contents, wide, fallback)
+        code = self._cluster_codes.get(key)
+        if code is None:
+            code = self._next_code(_WIDE_CLUSTERS if wide else _NARROW_CLUSTERS)
+            if code is None:
+                return INVALID_CHAR
+            self._cluster_codes[key] = code
+            self._clusters[code] = key
+        return code
+
+    def contents(self, code: str) -> str:
+        """Return what a cell shows: empty, or a character and its combining marks."""
+        if ord(code) >= _NARROW_CLUSTERS:
+            return self._clusters.get(code, (INVALID_CHAR,))[0]
+        return "" if code == NUL else code
+
+    def is_fallback(self, code: str) -> bool:
+        """Return whether the cell's contents start with a combining mark."""
+        return ord(code) >= _NARROW_CLUSTERS and self._clusters.get(code, (0, 0, False))[2]
+
+    @staticmethod
+    def is_wide(code: str) -> bool:
+        """Return whether the cell covers the next one too."""
+        if ord(code) >= _NARROW_CLUSTERS:
+            return ord(code) >= _WIDE_CLUSTERS
+        return char_width(code) == 2
+
+    # -- bounds
+
+    def _next_code(self, table: int) -> str | None:
+        self._until_sweep -= 1
+        number = next(self._free[table], None)
+        if number is None and self._until_sweep <= 0:
+            self._sweep()
+            number = next(self._free[table], None)
+        return None if number is None else chr(number)
+
+    def _sweep(self) -> None:
+        used = {self.DEFAULT}
+        for holder in list(self._holders):
+            for codes in holder.codes_in_use():
+                used.update(codes)
+        used |= {without_wrap(code) for code in used}
+        for code in self._renditions.keys() - used:
+            del self._rendition_codes[self._renditions.pop(code).key]
+        for code in self._clusters.keys() - used:
+            del self._cluster_codes[self._clusters.pop(code)]
+        self._erased.clear()
+        for table in self._free:
+            taken = self._clusters if table else self._renditions
+            self._free[table] = (n for n in range(table, table + _CODES_PER_TABLE) if chr(n) not in taken)
+        self._until_sweep = _SWEEP_EVERY
+
+
+def with_wrap(code: str) -> str:
+    """Return a rendition code with the mark of a line that goes on in the next row."""
+    return chr(ord(code) | _WRAP_BIT)
+
+
+def without_wrap(code: str) -> str:
+    """Return a rendition code without that mark."""
+    return chr(ord(code) & ~_WRAP_BIT) if has_wrap(code) else code
+
+
+def has_wrap(code: str) -> bool:
+    """Return whether a rendition code has that mark."""
+    return chr(_WRAP_BIT) <= code <= "\uffff"
+
+
+class Row:
+    """One line of the screen. Never changes; see the section's introduction."""
+
+    __slots__ = ("attrs", "fill", "text")
+
+    def __init__(self, text: str, attrs: str, fill: str) -> None:
+        if text[-1:] == NUL:  # trim, so that equal rows have equal strings
+            kept = len(text.rstrip(NUL))
+            kept += len(attrs[kept:].rstrip(fill))
+            text, attrs = text[:kept], attrs[:kept]
+        self.text = text
+        self.attrs = attrs
+        self.fill = fill
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (
+            isinstance(other, Row)
+            and self.text == other.text
+            and self.attrs == other.attrs
+            and self.fill == other.fill
+        )
+
+    __hash__ = object.__hash__
+
+    def padded(self, width: int) -> tuple[str, str]:
+        """Return text and attrs of at least `width` cells."""
+        missing = width - len(self.text)
+        if missing <= 0:
+            return self.text, self.attrs
+        return self.text + NUL * missing, self.attrs + self.fill * missing
+
+    def with_cells(self, col: int, text: str, attrs: str) -> Row:
+        """Return this row with the cells from `col` replaced by `text` and `attrs`, strings of equal length."""
+        old_text, old_attrs = self.padded(col)
+        end = col + len(text)
+        return Row(old_text[:col] + text + old_text[end:], old_attrs[:col] + attrs + old_attrs[end:], self.fill)
+
+    def erased(self, start: int, end: int, width: int, code: str) -> Row:
+        """Return this row with the cells [start, end) empty, in the rendition `code`."""
+        if end < width:
+            return self.with_cells(start, NUL * (end - start), code * (end - start))
+        text, attrs = self.padded(start)
+        return Row(text[:start], attrs[:start], code)
+
+    def inserted(self, col: int, count: int, width: int, code: str) -> Row:
+        """Return this row with `count` empty cells put in at `col`; what leaves on the right is lost."""
+        count = min(count, width - col)
+        text, attrs = self.padded(col)
+        text = text[:col] + NUL * count + text[col:]
+        return Row(text[:width], (attrs[:col] + code * count + attrs[col:])[:width], self.fill)
+
+    def deleted(self, col: int, count: int, width: int, code: str) -> Row:
+        """Return this row without `count` cells from `col`; empty ones enter on the right."""
+        count = min(count, width - col)
+        text, attrs = self.padded(width)
+        return Row(text[:col] + text[col + count :], attrs[:col] + attrs[col + count :], code)
+
+    def resized(self, old_width: int, width: int, code: str) -> Row:
+        """Return this row cut or extended to `width`, no longer marked as going on in the next row."""
+        text, attrs = self.padded(old_width)
+        attrs = "".join(map(without_wrap, attrs))
+        return Row(text[:width], attrs[:width], code if width > old_width else self.fill)
+
+
+class Framebuffer:
+    """The screen with everything the display can express: cells, cursor, pen, modes, titles, clipboard, bell."""
+
+    # What makes two screens differ as far as the user can tell; the icon name alone does not.
+    _VISIBLE = (
+        *("rows", "window_title", "clipboard", "bell_count", "width", "height", "cursor_row", "cursor_col"),
+        *("cursor_visible", "reverse_video", "pen", "bracketed_paste", "mouse_mode", "mouse_encoding"),
+        *("focus_events", "alternate_scroll"),
+    )
+
+    def __init__(self, width: int, height: int, codebook: Codebook) -> None:
+        self.codebook = codebook
+        codebook.register(self)
+        self.icon_name = ""
+        self.title_was_set = False
+        self.bell_count = 0
+        self.width = width
+        self.height = height
+        self.reset()
+
+    def reset(self) -> None:
+        """Bring everything but size, icon name, bell count and title-was-set to its initial state (RIS)."""
+        self.pen = Codebook.DEFAULT
+        self.rows = [Row("", "", Codebook.DEFAULT)] * self.height
+        self.cursor_row = self.cursor_col = 0
+        self.cursor_visible = True
+        self.reverse_video = False
+        self.bracketed_paste = self.focus_events = self.alternate_scroll = False
+        self.mouse_mode = self.mouse_encoding = 0  # 0, or the number of the DEC private mode that is set
+        self.window_title = self.clipboard = ""
+
+    def copy(self) -> Framebuffer:
+        """Return a snapshot; rows are shared."""
+        new = Framebuffer.__new__(Framebuffer)
+        new.__dict__.update(self.__dict__)
+        new.rows = self.rows[:]
+        self.codebook.register(new)
+        return new
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Framebuffer):
+            return NotImplemented
+        mine, theirs = self.__dict__, other.__dict__
+        return all(mine[name] == theirs[name] for name in self._VISIBLE)
+
+    __hash__ = object.__hash__
+
+    # -- cells
+
+    @property
+    def erase_code(self) -> str:
+        """The rendition code that erased cells get under the present pen."""
+        return self.codebook.erased_code(self.pen)
+
+    def code_at(self, row: int, col: int) -> tuple[str, str]:
+        """Return the code points of one cell: text and attrs."""
+        line = self.rows[row]
+        return (line.text[col], line.attrs[col]) if col < len(line.text) else (NUL, line.fill)
+
+    def set_code(self, row: int, col: int, text: str, attrs: str) -> None:
+        """Replace cells of one row, given as code points."""
+        self.rows[row] = self.rows[row].with_cells(col, text, attrs)
+
+    def cell(self, row: int, col: int) -> Cell:
+        """Return one cell for reading."""
+        text, attr = self.code_at(row, col)
+        book = self.codebook
+        return Cell(
+            book.contents(text), book.rendition(attr), book.is_wide(text), book.is_fallback(text), has_wrap(attr)
+        )
+
+    def erase(self, row: int, start: int, end: int) -> None:
+        """Empty the cells [start, end) of `row`."""
+        self.rows[row] = self.rows[row].erased(start, min(end, self.width), self.width, self.erase_code)
+
+    def erase_rows(self, start: int, end: int) -> None:
+        """Empty the rows [start, end)."""
+        self.rows[start:end] = [Row("", "", self.erase_code)] * (end - start)
+
+    def scroll_rows(self, top: int, bottom: int, count: int) -> None:
+        """Move the rows [top, bottom] up by `count`, or down if it is negative; empty rows enter."""
+        size = bottom + 1 - top
+        blank = [Row("", "", self.erase_code)] * min(abs(count), size)
+        if count > 0:
+            self.rows[top : bottom + 1] = self.rows[top + len(blank) : bottom + 1] + blank
+        else:
+            self.rows[top : bottom + 1] = blank + self.rows[top : bottom + 1 - len(blank)]
+
+    def resize(self, width: int, height: int) -> None:
+        """Cut or extend at the right and at the bottom; nothing is reflowed."""
+        blank = Row("", "", self.erase_code)
+        self.rows = self.rows[:height] + [blank] * (height - self.height)
+        if width != self.width:
+            self.rows = [row.resized(self.width, width, self.erase_code) for row in self.rows]
+        self.width, self.height = width, height
+        self.cursor_row = min(self.cursor_row, height - 1)
+        self.cursor_col = min(self.cursor_col, width - 1)
+
+    # -- queries
+
+    def codes_in_use(self) -> Iterator[str]:
+        """Yield every code point this framebuffer refers to; see Codebook.register."""
+        yield self.pen
+        for row in self.rows:
+            yield from (row.text, row.attrs, row.fill)
+
+    def lines(self) -> list[str]:
+        """Return what the rows show as text: blanks for empty cells, nothing for the right half of a wide one."""
+        out = []
+        for row in self.rows:
+            text, _ = row.padded(self.width)
+            cells = [self.codebook.contents(text[col]) or " " for col in self.visible_columns(text)]
+            out.append("".join(cells))
+        return out
+
+    def visible_columns(self, text: str) -> Sequence[int]:
+        """Return the columns of a padded `text` whose cells show, that is all but those right of a wide one."""
+        if NARROW_CELLS.fullmatch(text):
+            return range(len(text))
+        columns = []
+        col = 0
+        while col < len(text):
+            columns.append(col)
+            col += 2 if self.codebook.is_wide(text[col]) else 1
+        return columns
+
+
+# ======================================================================================================================
+# == 10. Parser -- bytes to actions: the escape-sequence state tables
+# ======================================================================================================================
+# Source: the state machine for DEC terminals (ECMA-48 syntax as the VT500 parses it), in the form stock mosh has it.
+# It works on characters, after UTF-8. Three things set it apart: C1 controls exist only as U+0080 to U+009F, never as
+# raw bytes; a character from U+00A0 up counts as a letter, so it ends a sequence; and no device control string (DCS,
+# SOS, PM, APC) has any effect.
+
+PARAMETER_LIMIT = 100  # characters of parameter text, the rest is dropped
+COLLECT_LIMIT = 8  # private markers, intermediates and the final character together
+OSC_LIMIT = 16_384  # characters of an operating system command
+UNKNOWN = ""  # the key of a function that cannot be one: too long, or its final beyond U+00FF
+
+
+class ParserState(Enum):
+    """What the next character will be taken for."""
+
+    GROUND = auto()  # text
+    ESCAPE = auto()  # after ESC
+    ESCAPE_INTERMEDIATE = auto()  # ESC and 20 to 2F
+    CSI_ENTRY = auto()  # after ESC [
+    CSI_PARAM = auto()  # digits, semicolons
+    CSI_INTERMEDIATE = auto()  # 20 to 2F
+    CSI_IGNORE = auto()  # malformed: nothing happens at its end
+    OSC = auto()  # after ESC ]: text up to BEL or ST
+    SWALLOW = auto()  # DCS, SOS, PM, APC up to ST
+
+
+class ParserSink(Protocol):
+    """Who takes the actions. `key` is the intermediates and the final character, e.g. "A", "?h" or "#8"."""
+
+    def print(self, text: str) -> None:
+        """Show characters, none of them a control."""
+
+    def execute(self, char: str) -> None:
+        """Perform a C0 or C1 control."""
+
+    def esc_dispatch(self, key: str) -> None:
+        """Perform an escape sequence."""
+
+    def csi_dispatch(self, key: str, parameters: str) -> None:
+        """Perform a control sequence."""
+
+    def osc_dispatch(self, text: str) -> None:
+        """Perform an operating system command."""
+
+
+_S = ParserState
+_C0 = [*range(0x18), 0x19, *range(0x1C, 0x20)]
+_RANGES: dict[str, Iterable[int]] = {  # the columns of the state table below
+    "c0": _C0,
+    "intermediate": range(0x20, 0x30),
+    "parameter": [*range(0x30, 0x3A), 0x3B],
+    "colon": [0x3A],
+    "private": range(0x3C, 0x40),
+    "final": range(0x40, 0x7F),
+    "delete": [0x7F],
+}
+_TABLE: dict[ParserState, dict[str, tuple[str, ParserState | None]]] = {  # state: {column: (action, next state)}
+    _S.ESCAPE: {
+        "c0": ("execute", None),
+        "intermediate": ("collect", _S.ESCAPE_INTERMEDIATE),
+        "parameter": ("esc", _S.GROUND),
+        "colon": ("esc", _S.GROUND),
+        "private": ("esc", _S.GROUND),
+        "final": ("esc", _S.GROUND),
+    },
+    _S.ESCAPE_INTERMEDIATE: {
+        "c0": ("execute", None),
+        "intermediate": ("collect", None),
+        "parameter": ("esc", _S.GROUND),
+        "colon": ("esc", _S.GROUND),
+        "private": ("esc", _S.GROUND),
+        "final": ("esc", _S.GROUND),
+    },
+    _S.CSI_ENTRY: {
+        "c0": ("execute", None),
+        "intermediate": ("collect", _S.CSI_INTERMEDIATE),
+        "parameter": ("param", _S.CSI_PARAM),
+        "colon": ("", _S.CSI_IGNORE),
+        "private": ("collect", _S.CSI_PARAM),
+        "final": ("csi", _S.GROUND),
+    },
+    _S.CSI_PARAM: {
+        "c0": ("execute", None),
+        "intermediate": ("collect", _S.CSI_INTERMEDIATE),
+        "parameter": ("param", None),
+        "colon": ("", _S.CSI_IGNORE),
+        "private": ("", _S.CSI_IGNORE),
+        "final": ("csi", _S.GROUND),
+    },
+    _S.CSI_INTERMEDIATE: {
+        "c0": ("execute", None),
+        "intermediate": ("collect", None),
+        "parameter": ("", _S.CSI_IGNORE),
+        "colon": ("", _S.CSI_IGNORE),
+        "private": ("", _S.CSI_IGNORE),
+        "final": ("csi", _S.GROUND),
+    },
+    _S.CSI_IGNORE: {
+        "c0": ("execute", None),
+        "final": ("", _S.GROUND),
+    },
+    _S.OSC: {column: ("put", None) for column in _RANGES if column != "c0"},
+    _S.SWALLOW: {},
+}
+_STEPS: dict[ParserState, dict[int, tuple[str, ParserState | None]]] = {
+    state: {code: step for column, step in columns.items() for code in _RANGES[column]}
+    for state, columns in _TABLE.items()
+}
+_STEPS[_S.ESCAPE].update({ord(c): ("", _S.SWALLOW) for c in "PX^_"})
+_STEPS[_S.ESCAPE].update({ord("["): ("", _S.CSI_ENTRY), ord("]"): ("", _S.OSC)})
+_STEPS[_S.OSC][0x07] = ("", _S.GROUND)
+_ANYWHERE: dict[int, tuple[str, ParserState | None]] = {  # in every state, before the state's own row
+    **dict.fromkeys((0x18, 0x1A, *range(0x80, 0x90), *range(0x91, 0x98), 0x99, 0x9A), ("execute", _S.GROUND)),
+    0x9C: ("", _S.GROUND),
+    0x1B: ("", _S.ESCAPE),
+    0x9B: ("", _S.CSI_ENTRY),
+    0x9D: ("", _S.OSC),
+    **dict.fromkeys((0x90, 0x98, 0x9E, 0x9F), ("", _S.SWALLOW)),
+}
+_NO_STEP: tuple[str, ParserState | None] = ("", None)
+_LETTER = ord("A")  # what characters from U+00A0 up count as
+
+# In the ground state, whole runs and whole well-formed sequences are recognized at once. Each alternative has a group:
+# printable text; one C0 control that only executes; a complete CSI; anything else, for the state machine.
+_GROUND_TOKEN = re.compile(
+    r"([^\x00-\x1f\x80-\x9f]+)|([\x00-\x17\x19\x1c-\x1f])|\x1b\[([<-?]?)([0-9;]{0,100})([ -/]{0,6})([@-~])|(.)",
+    re.DOTALL,
+)
+_STRING_RUN = re.compile(r"[^\x00-\x1f\x80-\x9f]+")  # what an OSC or a swallowed string takes without looking
+
+
+class Parser:
+    """Turns characters into actions, keeping its place between feeds."""
+
+    def __init__(self) -> None:
+        self.state = ParserState.GROUND
+        self._collected = ""
+        self._parameters = ""
+        self._osc = ""
+
+    def copy(self) -> Parser:
+        """Return a parser in the same place."""
+        new = Parser.__new__(Parser)
+        new.__dict__.update(self.__dict__)
+        return new
+
+    def feed(self, text: str, sink: ParserSink) -> None:
+        """Parse `text` and call `sink` for every action, in order."""
+        at, end = 0, len(text)
+        while at < end:
+            if self.state is not ParserState.GROUND:
+                at = self._inside_sequence(text, at, sink)
+                continue
+            match = _GROUND_TOKEN.match(text, at)
+            assert match is not None  # its last alternative takes anything
+            at = match.end()
+            printable, control, private, parameters, intermediates, final, other = match.groups()
+            if printable:
+                sink.print(printable)
+            elif control:
+                sink.execute(control)
+            elif final:
+                sink.csi_dispatch(private + intermediates + final, parameters)
+            else:
+                self._step(other, sink)
+
+    def _inside_sequence(self, text: str, at: int, sink: ParserSink) -> int:
+        """Take a character of a sequence, or a run of them inside a string; return the offset behind."""
+        match = _STRING_RUN.match(text, at) if self.state in (ParserState.OSC, ParserState.SWALLOW) else None
+        if match is None:
+            self._step(text[at], sink)
+            return at + 1
+        if self.state is ParserState.OSC:
+            self._put(match.group())
+        return match.end()
+
+    def _step(self, char: str, sink: ParserSink) -> None:
+        """Take one character through the state table."""
+        code = ord(char)
+        row = _STEPS.get(self.state, {})
+        action, state = _ANYWHERE.get(code) or row.get(code if code < 0xA0 else _LETTER, _NO_STEP)
+        if state is not None and self.state is ParserState.OSC:
+            sink.osc_dispatch(self._osc)  # leaving by any route ends the command
+        if action:
+            self._act(action, char, sink)
+        if state is not None:
+            self.state = state
+            if state in (ParserState.ESCAPE, ParserState.CSI_ENTRY):
+                self._collected = self._parameters = ""
+            elif state is ParserState.OSC:
+                self._osc = ""
+
+    def _act(self, action: str, char: str, sink: ParserSink) -> None:
+        if action == "execute":
+            sink.execute(char)
+        elif action == "collect":
+            if len(self._collected) < COLLECT_LIMIT:
+                self._collected += char
+        elif action == "param":
+            if len(self._parameters) < PARAMETER_LIMIT:
+                self._parameters += char
+        elif action == "put":
+            self._put(char)
+        elif action == "esc":
+            sink.esc_dispatch(self._key(char))
+        elif action == "csi":
+            sink.csi_dispatch(self._key(char), self._parameters)
+
+    def _put(self, text: str) -> None:
+        self._osc += text[: OSC_LIMIT - len(self._osc)]
+
+    def _key(self, final: str) -> str:
+        fits = len(self._collected) < COLLECT_LIMIT and final <= "\xff"
+        return self._collected + final if fits else UNKNOWN
+
+
+# ======================================================================================================================
+# == 11. Emulator -- actions to framebuffer: C0, ESC, CSI and OSC dispatch tables
+# ======================================================================================================================
+# The server runs it on the program's output; the client runs the same one on the server's diffs, which are escape
+# sequences too. So it must do exactly what stock mosh's emulator does, quirks included, or a stock peer's screen
+# drifts from ours. The quirks worth knowing when reading on:
+#
+#   wrap pending     after printing in the last column the cursor stays there; the next character wraps. Every control
+#                    function ends this state, even an unknown one, save those in _KEEPS_WRAP_PENDING
+#   erasing          takes the background of the pen along (back colour erase)
+#   wide characters  halves are never repaired: overwriting the right one leaves the left one wide
+#   absent           alternate screens, character sets, REP, CNL, CPL, HPR, VPR: swallowed without effect
+
+TITLE_LIMIT = 256  # characters of an OSC title, its number included
+_CLIPBOARD = "52;c;"
+
+_KEEPS_WRAP_PENDING = {"I", "Z", "g", "m", "?h", "?l"}
+
+
+@lru_cache(maxsize=1024)
+def parse_parameters(text: str) -> tuple[int, ...]:
+    """Return the numbers of a control sequence; 0 for one that is absent or beyond 65535. There is always one."""
+    numbers = (int(word) if word else 0 for word in text.split(";"))
+    return tuple(number if number <= 65535 else 0 for number in numbers)
+
+
+def _parameter(parameters: tuple[int, ...], index: int, default: int) -> int:
+    """Return one parameter; absent or 0 means `default`."""
+    return (parameters[index] if index < len(parameters) else 0) or default
+
+
+class SavedCursor:
+    """What DECSC saves."""
+
+    __slots__ = ("autowrap", "col", "origin_mode", "pen", "row")
+
+    def __init__(self, row: int, col: int, pen: Rendition, autowrap: bool, origin_mode: bool) -> None:
+        self.row = row
+        self.col = col
+        self.pen = pen
+        self.autowrap = autowrap
+        self.origin_mode = origin_mode
+
+
+_HOME = SavedCursor(0, 0, Rendition(), autowrap=True, origin_mode=False)
+
+
+class Emulator:
+    """A terminal: feed it a program's output, read `framebuffer` and `take_replies()`.
+
+    Source: ECMA-48 and DEC STD 070 as stock mosh implements them.
+    """
+
+    def __init__(self, width: int, height: int, codebook: Codebook | None = None) -> None:
+        self.framebuffer = Framebuffer(width, height, codebook or Codebook())
+        self._decoder = Utf8Decoder()
+        self._parser = Parser()
+        self._replies = b""
+        self._reset()
+
+    def _reset(self) -> None:
+        framebuffer = self.framebuffer
+        self.wrap_pending = False
+        self.region_top, self.region_bottom = 0, framebuffer.height - 1
+        self.origin_mode = self.insert_mode = self.application_cursor_keys = False
+        self.autowrap = True
+        self.saved_cursor = _HOME
+        self.tab_stops = frozenset(range(0, framebuffer.width, 8))
+        self.default_tabs = True
+        # Where a combining mark goes: the last character printed, or the cursor once it has moved.
+        self.combining_row, self.combining_col = 0, 0
+
+    def copy(self) -> Emulator:
+        """Return an emulator in the same state, its parser at rest: a sequence cut in half stays behind."""
+        new = Emulator.__new__(Emulator)
+        new.__dict__.update(self.__dict__)
+        new.framebuffer = self.framebuffer.copy()
+        new._decoder = Utf8Decoder()
+        new._parser = Parser()
+        return new
+
+    # -- bytes in, bytes out
+
+    def feed(self, data: bytes) -> None:
+        """Take output of the program, cut anywhere."""
+        self._parser.feed(self._decoder.decode(data), self)
+
+    def take_replies(self) -> bytes:
+        """Return and forget what the program asked for (cursor position, device attributes): its input."""
+        replies, self._replies = self._replies, b""
+        return replies
+
+    def resize(self, width: int, height: int) -> None:
+        """Change the size; each at least 1."""
+        old_width = self.framebuffer.width
+        if (width, height) == (old_width, self.framebuffer.height):
+            return
+        self.framebuffer.resize(width, height)
+        self.region_top, self.region_bottom = 0, height - 1
+        stops = {stop for stop in self.tab_stops if stop < width}
+        if self.default_tabs:
+            stops.update(range(-(-old_width // 8) * 8, width, 8))
+        self.tab_stops = frozenset(stops)
+        if self.combining_row >= height or self.combining_col >= width:
+            self.combining_row = -1  # nowhere
+
+    # -- actions of the parser
+
+    def print(self, text: str) -> None:
+        """See ParserSink."""
+        at = 0
+        while at < len(text):
+            match = NARROW_RUN.match(text, at)
+            if match:
+                self._print_narrow(match.group())
+                at = match.end()
+                continue
+            width = char_width(text[at])
+            if width > 0:
+                self._print_one(text[at], width)
+            elif width == 0:
+                self._combine(text[at])
+            at += 1
+
+    def execute(self, char: str) -> None:
+        """See ParserSink."""
+        if char != "\t":
+            self.wrap_pending = False
+        handler = _CONTROLS.get(char)
+        if handler:
+            handler(self)
+
+    def esc_dispatch(self, key: str) -> None:
+        """See ParserSink."""
+        if len(key) == 1 and "@" <= key <= "_":
+            self.execute(chr(ord(key) + 0x40))  # ESC and a letter is another way to write a C1 control
+            return
+        self.wrap_pending = False
+        handler = _ESCAPES.get(key)
+        if handler:
+            handler(self)
+
+    def csi_dispatch(self, key: str, parameters: str) -> None:
+        """See ParserSink."""
+        if key not in _KEEPS_WRAP_PENDING:
+            self.wrap_pending = False
+        handler = _CONTROL_SEQUENCES.get(key)
+        if handler:
+            handler(self, parse_parameters(parameters))
+
+    def osc_dispatch(self, text: str) -> None:
+        """Set icon name, window title or clipboard. Source: xterm's control sequences, OSC 0, 1, 2 and 52."""
+        framebuffer = self.framebuffer
+        if text.startswith(_CLIPBOARD):
+            framebuffer.clipboard = text[len(_CLIPBOARD) :]
+            return
+        kind, separator, title = text[:TITLE_LIMIT].partition(";")
+        if not separator or kind not in ("", "0", "1", "2"):
+            return
+        framebuffer.title_was_set = True
+        if kind != "2":
+            framebuffer.icon_name = title
+        if kind != "1":
+            framebuffer.window_title = title
+
+    # -- printing
+
+    def _print_narrow(self, run: str) -> None:
+        """Print characters of width 1."""
+        framebuffer = self.framebuffer
+        width = framebuffer.width
+        at = 0
+        while at < len(run):
+            self._wrap_if_pending()
+            row, col = framebuffer.cursor_row, framebuffer.cursor_col
+            room = width - col
+            piece = run[at : at + room]
+            if not self._limits()[0] <= row <= self._limits()[1]:
+                piece = run[at]  # outside the margins of origin mode: the first character pulls the cursor back in
+            at += len(piece)
+            if not self.autowrap and len(piece) == room:
+                piece, at = piece[:-1] + run[-1], len(run)  # the rest overwrites the last column, one after another
+            if self.insert_mode:
+                framebuffer.rows[row] = framebuffer.rows[row].inserted(col, len(piece), width, framebuffer.erase_code)
+            framebuffer.set_code(row, col, piece, framebuffer.pen * len(piece))
+            framebuffer.cursor_col = col + len(piece) - 1
+            self._advance(1)
+
+    def _print_one(self, char: str, width: int) -> None:
+        """Print a character of width 1 or 2."""
+        framebuffer = self.framebuffer
+        self._wrap_if_pending()
+        if self.autowrap and width == 2 and framebuffer.cursor_col == framebuffer.width - 1:
+            framebuffer.erase(framebuffer.cursor_row, framebuffer.cursor_col, framebuffer.width)
+            self.nel()
+        row, col = framebuffer.cursor_row, framebuffer.cursor_col
+        if self.insert_mode:
+            self.ich((width,))
+        text, attrs = framebuffer.codebook.cell_code(char, width == 2, False), framebuffer.pen
+        if width == 2 and col + 1 < framebuffer.width:
+            text, attrs = text + NUL, attrs + framebuffer.erase_code
+        framebuffer.set_code(row, col, text, attrs)
+        self._advance(width)
+
+    def _combine(self, mark: str) -> None:
+        """Add a character of width 0 to the cell of the last one printed."""
+        framebuffer = self.framebuffer
+        row, col = self.combining_row, self.combining_col
+        if row < 0:
+            return
+        book = framebuffer.codebook
+        text, attr = framebuffer.code_at(row, col)
+        fallback = text == NUL or book.is_fallback(text)
+        contents = book.contents(text)
+        if text == NUL:
+            self._advance(1)  # a mark on an empty cell stands for itself
+        if len(contents.encode("utf-8", "replace")) < CLUSTER_LIMIT_BYTES:
+            framebuffer.set_code(row, col, book.cell_code(contents + mark, book.is_wide(text), fallback), attr)
+
+    def _wrap_if_pending(self) -> None:
+        if self.wrap_pending and self.autowrap:
+            self._wrap()
+
+    def _wrap(self) -> None:
+        framebuffer = self.framebuffer
+        row, last = framebuffer.cursor_row, framebuffer.width - 1
+        text, attr = framebuffer.code_at(row, last)
+        framebuffer.set_code(row, last, text, with_wrap(attr))
+        self._go(col=0)
+        self._step_rows(1)
+
+    # -- moving
+
+    def _limits(self) -> tuple[int, int]:
+        """The rows that the cursor can be moved to."""
+        return (self.region_top, self.region_bottom) if self.origin_mode else (0, self.framebuffer.height - 1)
+
+    def _snap(self) -> None:
+        framebuffer = self.framebuffer
+        top, bottom = self._limits()
+        framebuffer.cursor_row = max(top, min(bottom, framebuffer.cursor_row))
+        framebuffer.cursor_col = max(0, min(framebuffer.width - 1, framebuffer.cursor_col))
+
+    def _advance(self, width: int) -> None:
+        """Move on after printing at the cursor."""
+        framebuffer = self.framebuffer
+        self.combining_row, self.combining_col = framebuffer.cursor_row, framebuffer.cursor_col
+        framebuffer.cursor_col += width
+        self.wrap_pending = framebuffer.cursor_col >= framebuffer.width
+        self._snap()
+
+    def _go(self, row: int | None = None, col: int | None = None) -> None:
+        """Move to a row and a column of the screen, clamped; None stays."""
+        framebuffer = self.framebuffer
+        if row is not None:
+            framebuffer.cursor_row = row
+        if col is not None:
+            framebuffer.cursor_col = col
+        self._snap()
+        self.combining_row, self.combining_col = framebuffer.cursor_row, framebuffer.cursor_col
+        self.wrap_pending = False
+
+    def _go_addressed(self, row: int) -> None:
+        """Move to a row counted from the margin that origin mode sets."""
+        self._go(row=self._limits()[0] + row)
+
+    def _step_rows(self, count: int) -> None:
+        """Move down (up if negative), scrolling at the margins of the scrolling region."""
+        framebuffer = self.framebuffer
+        row, target = framebuffer.cursor_row, framebuffer.cursor_row + count
+        top, bottom = self.region_top, self.region_bottom
+        if top <= row <= bottom and not top <= target <= bottom:
+            nearest = bottom if target > bottom else top
+            framebuffer.scroll_rows(top, bottom, target - nearest)
+            target = nearest
+        self._go(row=target)
+
+    # -- C0 and C1 controls
+
+    def bel(self) -> None:
+        self.framebuffer.bell_count += 1
+
+    def bs(self) -> None:
+        self._go(col=self.framebuffer.cursor_col - 1)
+
+    def ht(self) -> None:
+        self.cht((1,))
+
+    def lf(self) -> None:
+        self._step_rows(1)
+
+    def cr(self) -> None:
+        self._go(col=0)
+
+    def nel(self) -> None:
+        self._go(col=0)
+        self._step_rows(1)
+
+    def hts(self) -> None:
+        self.tab_stops |= {self.framebuffer.cursor_col}
+
+    def ri(self) -> None:
+        self._step_rows(-1)
+
+    # -- escape sequences
+
+    def decsc(self) -> None:
+        framebuffer = self.framebuffer
+        pen = framebuffer.codebook.rendition(framebuffer.pen)
+        self.saved_cursor = SavedCursor(
+            framebuffer.cursor_row, framebuffer.cursor_col, pen, self.autowrap, self.origin_mode
+        )
+
+    def decrc(self) -> None:
+        saved = self.saved_cursor
+        self.framebuffer.pen = self.framebuffer.codebook.rendition_code(saved.pen)
+        self.autowrap, self.origin_mode = saved.autowrap, saved.origin_mode
+        self._go(saved.row, saved.col)
+
+    def ris(self) -> None:
+        self.framebuffer.reset()
+        self._reset()
+
+    def decaln(self) -> None:
+        framebuffer = self.framebuffer
+        width = framebuffer.width
+        row = Row("E" * width, framebuffer.erase_code * width, framebuffer.erase_code)
+        framebuffer.rows = [row] * framebuffer.height
+
+    # -- control sequences: moving
+
+    def cuu(self, parameters: tuple[int, ...]) -> None:
+        self._go(row=self.framebuffer.cursor_row - _parameter(parameters, 0, 1))
+
+    def cud(self, parameters: tuple[int, ...]) -> None:
+        self._go(row=self.framebuffer.cursor_row + _parameter(parameters, 0, 1))
+
+    def cuf(self, parameters: tuple[int, ...]) -> None:
+        self._go(col=self.framebuffer.cursor_col + _parameter(parameters, 0, 1))
+
+    def cub(self, parameters: tuple[int, ...]) -> None:
+        self._go(col=self.framebuffer.cursor_col - _parameter(parameters, 0, 1))
+
+    def cup(self, parameters: tuple[int, ...]) -> None:
+        self._go_addressed(_parameter(parameters, 0, 1) - 1)
+        self._go(col=_parameter(parameters, 1, 1) - 1)
+
+    def vpa(self, parameters: tuple[int, ...]) -> None:
+        self._go_addressed(_parameter(parameters, 0, 1) - 1)
+
+    def cha(self, parameters: tuple[int, ...]) -> None:
+        self._go(col=_parameter(parameters, 0, 1) - 1)
+
+    def cht(self, parameters: tuple[int, ...]) -> None:
+        self._tab(_parameter(parameters, 0, 1))
+
+    def cbt(self, parameters: tuple[int, ...]) -> None:
+        self._tab(-_parameter(parameters, 0, 1))
+
+    def _tab(self, count: int) -> None:
+        framebuffer = self.framebuffer
+        col = framebuffer.cursor_col
+        if count > 0:
+            stops = sorted(stop for stop in self.tab_stops if stop > col)
+            framebuffer.cursor_col = stops[count - 1] if count <= len(stops) else framebuffer.width - 1
+        else:
+            stops = sorted((stop for stop in self.tab_stops if stop < col), reverse=True)
+            framebuffer.cursor_col = stops[-count - 1] if -count <= len(stops) else 0
+        self.combining_row, self.combining_col = framebuffer.cursor_row, framebuffer.cursor_col
+
+    # -- control sequences: erasing, inserting, deleting, scrolling
+
+    def ed(self, parameters: tuple[int, ...]) -> None:
+        framebuffer = self.framebuffer
+        row, kind = framebuffer.cursor_row, parameters[0]
+        if kind in (0, 1):
+            self.el(parameters)
+        if kind in (0, 1, 2):
+            framebuffer.erase_rows(*((row + 1, framebuffer.height), (0, row), (0, framebuffer.height))[kind])
+
+    def el(self, parameters: tuple[int, ...]) -> None:
+        framebuffer = self.framebuffer
+        col, kind = framebuffer.cursor_col, parameters[0]
+        if kind in (0, 1, 2):
+            start, end = ((col, framebuffer.width), (0, col + 1), (0, framebuffer.width))[kind]
+            framebuffer.erase(framebuffer.cursor_row, start, end)
+
+    def ech(self, parameters: tuple[int, ...]) -> None:
+        col = self.framebuffer.cursor_col
+        self.framebuffer.erase(self.framebuffer.cursor_row, col, col + _parameter(parameters, 0, 1))
+
+    def ich(self, parameters: tuple[int, ...]) -> None:
+        framebuffer = self.framebuffer
+        row, col, count = framebuffer.cursor_row, framebuffer.cursor_col, _parameter(parameters, 0, 1)
+        framebuffer.rows[row] = framebuffer.rows[row].inserted(col, count, framebuffer.width, framebuffer.erase_code)
+
+    def dch(self, parameters: tuple[int, ...]) -> None:
+        framebuffer = self.framebuffer
+        row, col, count = framebuffer.cursor_row, framebuffer.cursor_col, _parameter(parameters, 0, 1)
+        framebuffer.rows[row] = framebuffer.rows[row].deleted(col, count, framebuffer.width, framebuffer.erase_code)
+
+    def il(self, parameters: tuple[int, ...]) -> None:
+        self._shift_rows(-_parameter(parameters, 0, 1))
+
+    def dl(self, parameters: tuple[int, ...]) -> None:
+        self._shift_rows(_parameter(parameters, 0, 1))
+
+    def _shift_rows(self, count: int) -> None:
+        row = self.framebuffer.cursor_row
+        if self.region_top <= row <= self.region_bottom:
+            self.framebuffer.scroll_rows(row, self.region_bottom, count)
+        self._go(col=0)
+
+    def su(self, parameters: tuple[int, ...]) -> None:
+        self.framebuffer.scroll_rows(self.region_top, self.region_bottom, _parameter(parameters, 0, 1))
+
+    def sd(self, parameters: tuple[int, ...]) -> None:
+        self.framebuffer.scroll_rows(self.region_top, self.region_bottom, -_parameter(parameters, 0, 1))
+
+    # -- control sequences: modes, rendition, reports
+
+    def tbc(self, parameters: tuple[int, ...]) -> None:
+        if parameters[0] == 0:
+            self.tab_stops -= {self.framebuffer.cursor_col}
+        elif parameters[0] == 3:
+            self.tab_stops, self.default_tabs = frozenset(), False
+
+    def sm(self, parameters: tuple[int, ...]) -> None:
+        self.insert_mode = self.insert_mode or 4 in parameters
+
+    def rm(self, parameters: tuple[int, ...]) -> None:
+        self.insert_mode = self.insert_mode and 4 not in parameters
+
+    def decset(self, parameters: tuple[int, ...]) -> None:
+        for number in parameters:
+            self._set_private_mode(number, True)
+
+    def decrst(self, parameters: tuple[int, ...]) -> None:
+        for number in parameters:
+            self._set_private_mode(number, False)
+
+    def _set_private_mode(self, number: int, on: bool) -> None:
+        framebuffer = self.framebuffer
+        if number in _OWN_MODES:
+            setattr(self, _OWN_MODES[number], on)
+        elif number in _FRAMEBUFFER_MODES:
+            setattr(framebuffer, _FRAMEBUFFER_MODES[number], on)
+        elif number in MOUSE_MODES:
+            framebuffer.mouse_mode = number if on else 0
+        elif number in MOUSE_ENCODINGS:
+            framebuffer.mouse_encoding = number if on else 0
+        elif number == 3:  # DECCOLM: the width stays
+            self._go_home()
+            framebuffer.erase_rows(0, framebuffer.height)
+        elif number == 6:  # DECOM
+            self._go_home()  # under the old setting, so the cursor may end above the region until it moves
+            self.origin_mode = on
+
+    def _go_home(self) -> None:
+        self._go_addressed(0)
+        self._go(col=0)
+
+    def decstbm(self, parameters: tuple[int, ...]) -> None:
+        height = self.framebuffer.height
+        top, bottom = _parameter(parameters, 0, 1), _parameter(parameters, 1, height)
+        if bottom <= top or top > height:
+            return
+        self.region_top, self.region_bottom = top - 1, min(bottom, height) - 1
+        if self.origin_mode:
+            self._snap()
+        self._go_home()
+
+    def sgr(self, parameters: tuple[int, ...]) -> None:
+        book = self.framebuffer.codebook
+        self.framebuffer.pen = book.rendition_code(_select_rendition(book.rendition(self.framebuffer.pen), parameters))
+
+    def dsr(self, parameters: tuple[int, ...]) -> None:
+        if parameters[0] == 5:
+            self._replies += b"\x1b[0n"
+        elif parameters[0] == 6:
+            self._replies += b"\x1b[%d;%dR" % (self.framebuffer.cursor_row + 1, self.framebuffer.cursor_col + 1)
+
+    def da(self, _parameters: tuple[int, ...]) -> None:
+        self._replies += b"\x1b[?62c"
+
+    def da2(self, _parameters: tuple[int, ...]) -> None:
+        self._replies += b"\x1b[>1;10;0c"
+
+    def decstr(self, _parameters: tuple[int, ...]) -> None:
+        self.insert_mode = self.origin_mode = self.application_cursor_keys = False
+        self.framebuffer.cursor_visible = True
+        self.region_top, self.region_bottom = 0, self.framebuffer.height - 1
+        self.framebuffer.pen = Codebook.DEFAULT
+        self.saved_cursor = _HOME
+
+
+_CONTROLS: dict[str, Callable[[Emulator], None]] = {
+    "\x07": Emulator.bel,  # bell
+    "\x08": Emulator.bs,  # backspace
+    "\x09": Emulator.ht,  # horizontal tabulation
+    "\x0a": Emulator.lf,  # line feed
+    "\x0b": Emulator.lf,  # vertical tabulation
+    "\x0c": Emulator.lf,  # form feed
+    "\x0d": Emulator.cr,  # carriage return
+    "\x84": Emulator.lf,  # index
+    "\x85": Emulator.nel,  # next line
+    "\x88": Emulator.hts,  # horizontal tabulation set
+    "\x8d": Emulator.ri,  # reverse index
+}
+
+_ESCAPES: dict[str, Callable[[Emulator], None]] = {
+    "7": Emulator.decsc,  # save cursor
+    "8": Emulator.decrc,  # restore cursor
+    "c": Emulator.ris,  # reset to initial state
+    "#8": Emulator.decaln,  # screen alignment display
+}
+
+_CONTROL_SEQUENCES: dict[str, Callable[[Emulator, tuple[int, ...]], None]] = {
+    "@": Emulator.ich,  # insert character
+    "A": Emulator.cuu,  # cursor up
+    "B": Emulator.cud,  # cursor down
+    "C": Emulator.cuf,  # cursor forward
+    "D": Emulator.cub,  # cursor backward
+    "G": Emulator.cha,  # cursor character absolute
+    "H": Emulator.cup,  # cursor position
+    "I": Emulator.cht,  # cursor forward tabulation
+    "J": Emulator.ed,  # erase in display
+    "K": Emulator.el,  # erase in line
+    "L": Emulator.il,  # insert line
+    "M": Emulator.dl,  # delete line
+    "P": Emulator.dch,  # delete character
+    "S": Emulator.su,  # scroll up
+    "T": Emulator.sd,  # scroll down
+    "X": Emulator.ech,  # erase character
+    "Z": Emulator.cbt,  # cursor backward tabulation
+    "`": Emulator.cha,  # character position absolute
+    "c": Emulator.da,  # device attributes
+    ">c": Emulator.da2,  # secondary device attributes
+    "d": Emulator.vpa,  # line position absolute
+    "f": Emulator.cup,  # character and line position
+    "g": Emulator.tbc,  # tabulation clear
+    "h": Emulator.sm,  # set mode
+    "?h": Emulator.decset,  # set DEC private modes
+    "l": Emulator.rm,  # reset mode
+    "?l": Emulator.decrst,  # reset DEC private modes
+    "m": Emulator.sgr,  # select graphic rendition
+    "n": Emulator.dsr,  # device status report
+    "!p": Emulator.decstr,  # soft terminal reset
+    "r": Emulator.decstbm,  # set top and bottom margins
+}
+
+_OWN_MODES = {1: "application_cursor_keys", 7: "autowrap"}  # DEC private modes that the display need not know
+_FRAMEBUFFER_MODES = {  # and those that the user's terminal has to share
+    5: "reverse_video",
+    25: "cursor_visible",
+    1004: "focus_events",
+    1007: "alternate_scroll",
+    2004: "bracketed_paste",
+}
+MOUSE_MODES = (9, 1000, 1001, 1002, 1003)  # what is reported; one at a time
+MOUSE_ENCODINGS = (1005, 1006, 1015)  # how; one at a time
+
+_SGR_OFF = {22: BOLD, 23: ITALIC, 24: UNDERLINED, 25: BLINK, 27: INVERSE, 28: INVISIBLE}
+
+
+@lru_cache(maxsize=4096)
+def _sgr_color(number: int) -> tuple[bool, int | None] | None:
+    """Return (is it the foreground, colour) for an SGR parameter that names a colour by itself, else None."""
+    for first, palette in ((30, 0), (90, 8)):
+        for base, is_foreground in ((first, True), (first + 10, False)):
+            if base <= number <= base + 7:
+                return is_foreground, palette + number - base
+    return (number == 39, None) if number in (39, 49) else None
+
+
+def _select_rendition(pen: Rendition, parameters: tuple[int, ...]) -> Rendition:
+    """Return the rendition that SGR with these parameters makes of `pen`."""
+    attributes, colors = pen.attributes, {True: pen.foreground, False: pen.background}
+    at = 0
+    while at < len(parameters):
+        number = parameters[at]
+        remaining = len(parameters) - at
+        kind = parameters[at + 1] if number in (38, 48) and remaining > 1 else 0
+        if kind == 5 and remaining >= 3:  # palette colour
+            if parameters[at + 2] <= 255:
+                colors[number == 38] = parameters[at + 2]
+            at += 3
+            continue
+        if kind == 2 and remaining >= 5:  # red, green, blue; their ranges are not checked, as in stock
+            red, green, blue = parameters[at + 2 : at + 5]
+            colors[number == 38] = (RGB | red << 16 | green << 8 | blue) & 0x1FFFFFF
+            at += 5
+            continue
+        color = _sgr_color(number)
+        if number == 0:
+            attributes, colors = 0, {True: None, False: None}
+        elif number in ATTRIBUTE_NUMBERS:
+            attributes |= 1 << number
+        elif number in _SGR_OFF:
+            attributes &= ~_SGR_OFF[number]
+        elif color:
+            colors[color[0]] = color[1]
+        at += 1
+    return Rendition(attributes, colors[True], colors[False])
+
+
+# ======================================================================================================================
+# == 12. Display -- frame diff: two framebuffers in, terminal bytes out
+# ======================================================================================================================
+# Both the server's diffs and what the client writes to the user's terminal come from here: the shortest sequences we
+# know that turn a screen showing A into one showing B. What a stock receiver relies on:
+#
+#   - nothing that provokes an answer; nothing but the sequences used here
+#   - hidden state is at its default before and after: full scrolling region, wrap not pending, autowrap on
+#   - a row that goes on in the next one is written up to its last cell, directly followed by the next row's first
+#   - after a cell whose width is doubtful, the cursor is placed explicitly
+
+_ERASE_CHARACTERS_FROM = 10  # empty cells amid text from which ECH and a move are shorter than spaces
+_MERGE_GAP = 3  # unchanged cells that are cheaper written again than skipped
+_MOVE_BYTES = 2  # about what getting to a row costs
+_SCROLL_BYTES, _SCROLL_REGION_BYTES = 5, 20  # about what a scroll of the whole screen and of its upper part cost
+_EMPTY_RUN = NUL * _ERASE_CHARACTERS_FROM
+_EMPTY_RUN_OR_REST = re.compile(f"{_EMPTY_RUN}\0*|(?:(?!{_EMPTY_RUN}).)+", re.DOTALL)
+_NBSP = "\xa0"  # carries a cell that has only combining marks
+
+Position = tuple[int, int]
+
+
+class Display:
+    """Writes frame diffs for a terminal with the given capabilities.
+
+    `ech`, `bce`: the terminal erases characters, and erases with the background colour. `title`: it takes OSC titles.
+    `hide_cursor`: a person watches, so the cursor is hidden while the frame is drawn.
+    """
+
+    def __init__(self, *, ech: bool = True, bce: bool = True, title: bool = True, hide_cursor: bool = False) -> None:
+        self.ech = ech
+        self.bce = bce
+        self.title = title
+        self.hide_cursor = hide_cursor
+
+    def frame(self, last: Framebuffer, new: Framebuffer, *, known: bool = True) -> bytes:
+        """Return the bytes that turn a terminal showing `last` into one showing `new`; empty if they look alike.
+
+        `known` False: the terminal may show anything, so everything is written. Source of the frame's order, and of
+        what may be in it: stock mosh.
+        """
+        return _FrameWriter(self, last, new, known).write()
+
+
+class _FrameWriter:
+    """One frame diff in the making: what has been written so far and where that leaves the terminal."""
+
+    def __init__(self, display: Display, last: Framebuffer, new: Framebuffer, known: bool) -> None:
+        self._display = display
+        self._last = last
+        self._new = new
+        self._known = known and (last.width, last.height) == (new.width, new.height)
+        self._modes_known = known
+        self._book = new.codebook
+        self._out: list[str] = []
+        # the terminal as it is now
+        self._position: Position | None = (last.cursor_row, last.cursor_col)  # col == width: wrap pending
+        self._pen: str | None = last.pen
+        self._cursor_visible: bool | None = last.cursor_visible
+
+    def write(self) -> bytes:
+        """Return the frame diff. To be called once."""
+        self._write_events()
+        rows = self._last.rows if self._known else self._clear()
+        if self._known and rows != self._new.rows:
+            rows = self._scroll(rows)
+        wrapped = False
+        for row, (old, new) in enumerate(zip(rows, self._new.rows)):
+            if wrapped or (old is not new and old != new):
+                wrapped = self._put_row(row, old, new, wrapped)
+        self._write_cursor_and_pen()
+        self._write_modes()
+        return "".join(self._out).encode("utf-8", "replace")
+
+    # -- everything but cells
+
+    def _write_events(self) -> None:
+        last, new, out = self._last, self._new, self._out
+        if last.bell_count != new.bell_count:
+            out.append("\x07")
+        titles = (new.icon_name, new.window_title)
+        retitled = not self._modes_known or titles != (last.icon_name, last.window_title)
+        if self._display.title and new.title_was_set and retitled:
+            if new.icon_name == new.window_title:
+                out.append(f"\x1b]0;{new.window_title}\x07")
+            else:
+                out.append(f"\x1b]1;{new.icon_name}\x07\x1b]2;{new.window_title}\x07")
+        if last.clipboard != new.clipboard:
+            out.append(f"\x1b]{_CLIPBOARD}{new.clipboard}\x07")
+        if not self._modes_known or last.reverse_video != new.reverse_video:
+            out.append(_mode(5, new.reverse_video))
+
+    def _clear(self) -> list[Row]:
+        """Start from an empty screen, cursor hidden. Returns the rows it has."""
+        self._out.append("\x1b[r\x1b[0m\x1b[H\x1b[2J\x1b[?25l")
+        self._position, self._pen, self._cursor_visible = (0, 0), Codebook.DEFAULT, False
+        return [Row("", "", Codebook.DEFAULT)] * self._new.height
+
+    def _write_cursor_and_pen(self) -> None:
+        new = self._new
+        if self._position != (new.cursor_row, new.cursor_col):
+            self._move(new.cursor_row, new.cursor_col)
+        if self._cursor_visible != new.cursor_visible:
+            self._out.append(_mode(25, new.cursor_visible))
+        self._set_pen(new.pen)
+
+    def _write_modes(self) -> None:
+        last, new, out, known = self._last, self._new, self._out, self._modes_known
+        if not known or last.bracketed_paste != new.bracketed_paste:
+            out.append(_mode(2004, new.bracketed_paste))
+        if not known or last.mouse_mode != new.mouse_mode:
+            out.append(_exclusive_mode(MOUSE_MODES[:0:-1], last.mouse_mode, new.mouse_mode))
+        if not known or last.focus_events != new.focus_events:
+            out.append(_mode(1004, new.focus_events))
+        if not known or last.mouse_encoding != new.mouse_encoding:
+            out.append(_exclusive_mode((1015, 1006, 1005), last.mouse_encoding, new.mouse_encoding))
+
+    # -- scrolling
+
+    def _scroll(self, rows: list[Row]) -> list[Row]:
+        """Scroll up if that saves much. Returns the rows that the terminal then shows."""
+        new, height = self._new, self._new.height
+        distance, count = _find_scroll(rows, new.rows)
+        if not distance:
+            return rows
+        self._set_pen(Codebook.DEFAULT)
+        bottom = distance + count - 1
+        if bottom < height - 1:
+            self._out.append(f"\x1b[1;{bottom + 1}r")
+            self._position = (0, 0)
+        if self._position is None or self._position[0] != bottom:
+            self._move_hidden(bottom, 0)
+        self._out.append("\n" * distance)
+        if bottom < height - 1:
+            self._out.append("\x1b[r")
+            self._position = (0, 0)
+        return rows[distance : bottom + 1] + [Row("", "", Codebook.DEFAULT)] * distance + rows[bottom + 1 :]
+
+    # -- cells
+
+    def _put_row(self, row: int, old: Row, new: Row, wrapped: bool) -> bool:
+        """Write the cells that differ. `wrapped`: the terminal is about to wrap into this row.
+
+        Returns whether it is about to wrap into the next one.
+        """
+        width = self._new.width
+        text, attrs = new.padded(width)
+        goes_on = has_wrap(attrs[-1])
+        columns = self._new.visible_columns(text)
+        changed = self._changed_columns(old, text, attrs, columns)
+        if wrapped and (not changed or changed[0] != 0):
+            changed.insert(0, 0)
+        if goes_on and columns[-1] not in changed and not has_wrap(old.padded(width)[1][-1]):
+            changed.append(columns[-1])
+        if wrapped:
+            self._position = (row, 0)
+        attrs = "".join(map(without_wrap, attrs)) if max(attrs) >= chr(_WRAP_BIT) else attrs
+        tail = len(new.text) + (new.text != "" and self._book.is_wide(new.text[-1]))
+        tail = max(tail, int(wrapped))  # the cell that makes the terminal wrap has to be written
+        erase_tail = self._is_erasable(new.fill)
+        for start, end in _spans(changed, attrs):
+            if end > tail and erase_tail:
+                self._put_cells(row, start, max(start, tail), text, attrs)
+                self._erase_to_end(row, max(start, tail), new.fill)
+                break
+            self._put_cells(row, start, end, text, attrs)
+        at_edge = self._position is not None and self._position == (row, width)
+        return at_edge and goes_on and row + 1 < self._new.height
+
+    def _changed_columns(self, old: Row, text: str, attrs: str, columns: Sequence[int]) -> list[int]:
+        """Return the visible columns in which the new row differs from what `old` shows."""
+        width = self._new.width
+        old_text, old_attrs = old.padded(width)
+        if isinstance(columns, range) and NARROW_CELLS.fullmatch(old_text):
+            cells = zip(old_text, text, old_attrs, attrs)
+            return [col for col, (a, b, c, d) in enumerate(cells) if a != b or c != d]
+        shown = set(self._last.visible_columns(old_text))
+        return [
+            col
+            for col in columns
+            if col not in shown or old_text[col] != text[col] or old_attrs[col] != attrs[col]
+        ]
+
+    def _put_cells(self, row: int, start: int, end: int, text: str, attrs: str) -> None:
+        """Write the cells [start, end) as runs of one rendition."""
+        col = start
+        while col < end:
+            attr = attrs[col]
+            run_end = end - len(attrs[col:end].lstrip(attr))
+            col = self._put_run(row, col, run_end, text, attr)
+
+    def _put_run(self, row: int, start: int, end: int, text: str, attr: str) -> int:
+        """Write the cells [start, end), all of one rendition. Returns the column behind the last one written."""
+        if not NARROW_CELLS.fullmatch(text, start, end):
+            return self._put_run_by_cell(row, start, end, text, attr)
+        erase = self._display.ech and self._is_erasable(attr)
+        for match in _EMPTY_RUN_OR_REST.finditer(text, start, end):
+            piece = match.group()
+            self._move_hidden(row, match.start())
+            self._set_pen(attr)
+            if erase and piece.startswith(_EMPTY_RUN):
+                self._out.append(f"\x1b[{len(piece)}X")
+            else:
+                self._out.append(piece.replace(NUL, " "))
+                self._position = (row, match.end())
+        return end
+
+    def _put_run_by_cell(self, row: int, start: int, end: int, text: str, attr: str) -> int:
+        col = start
+        while col < end:
+            self._move_hidden(row, col)
+            self._set_pen(attr)
+            code = text[col]
+            contents = self._book.contents(code) or " "
+            columns = 2 if self._book.is_wide(code) else 1
+            if col + columns > self._new.width:
+                contents = " "  # half a wide character cannot be shown, and writing it would wrap
+            elif self._book.is_fallback(code):
+                contents = _NBSP + contents
+            self._out.append(contents)
+            col = min(col + columns, self._new.width)
+            self._position = None if any(map(is_width_doubtful, contents)) else (row, col)
+        return col
+
+    def _erase_to_end(self, row: int, col: int, fill: str) -> None:
+        """Empty the cells from `col` to the end of the row."""
+        width = self._new.width
+        if col >= width:
+            return
+        self._move_hidden(row, col)
+        self._set_pen(fill)
+        self._out.append("\x1b[K")
+
+    def _is_erasable(self, attr: str) -> bool:
+        """Return whether erasing gives cells of this rendition."""
+        return attr == Codebook.DEFAULT or (self._display.bce and attr == self._book.erased_code(attr))
+
+    # -- cursor and pen
+
+    def _set_pen(self, code: str) -> None:
+        if code != self._pen:
+            self._out.append(self._book.rendition(code).sgr())
+            self._pen = code
+
+    def _move_hidden(self, row: int, col: int) -> None:
+        """Move where something will be written."""
+        if self._position == (row, col):
+            return
+        if self._cursor_visible and self._display.hide_cursor:
+            self._out.append(_mode(25, False))
+            self._cursor_visible = False
+        self._move(row, col)
+
+    def _move(self, row: int, col: int) -> None:
+        """Move by the shortest sequence; relative ones only from a position that is certain."""
+        best = f"\x1b[{row + 1};{col + 1}H" if row or col else "\x1b[H"
+        if self._position is not None:
+            for candidate in self._relative_moves(self._position, row, col):
+                if len(candidate) < len(best):
+                    best = candidate
+        self._out.append(best)
+        self._position = (row, col)
+
+    def _relative_moves(self, position: Position, row: int, col: int) -> Iterator[str]:
+        down, right = row - position[0], col - position[1]
+        pending = position[1] >= self._new.width
+        if col == 0 and down >= 0:
+            yield "\r" * (right != 0) + "\n" * down
+        elif not pending and right == 0 and down > 0:
+            yield "\n" * down
+        elif not pending and down == 0:
+            yield "\b" * -right if right < 0 else f"\x1b[{right}C" if right > 1 else "\x1b[C"
+
+
+def _mode(number: int, on: bool) -> str:
+    """Return the sequence that sets or resets a DEC private mode."""
+    return f"\x1b[?{number}{'h' if on else 'l'}"
+
+
+def _exclusive_mode(numbers: tuple[int, ...], old: int, new: int) -> str:
+    """Return the sequences for a choice of one mode among several, 0 for none."""
+    if not new:
+        return "".join(_mode(number, False) for number in numbers)
+    return (_mode(old, False) if old else "") + _mode(new, True)
+
+
+def _find_scroll(old: list[Row], new: list[Row]) -> tuple[int, int]:
+    """Return (distance, count) if showing `count` old rows `distance` higher saves bytes, else (0, 0)."""
+    best, best_gain = (0, 0), 0
+    for distance in range(1, len(old)):
+        count = gain = 0
+        for before, after, in_place in zip(old[distance:], new, old):
+            if before != after:
+                break
+            count += 1
+            gain += len(after.text) + _MOVE_BYTES if in_place != after else 0
+        blanked = zip(old[count : count + distance], new[count : count + distance])
+        gain -= sum(len(row.text) + _MOVE_BYTES for row, after in blanked if row == after)
+        gain -= distance + (_SCROLL_BYTES if distance + count == len(old) else _SCROLL_REGION_BYTES)
+        if count and gain > best_gain:
+            best, best_gain = (distance, count), gain
+    return best
+
+
+def _spans(changed: list[int], attrs: str) -> list[Position]:
+    """Return changed columns as [start, end) spans, joined over small gaps of the same rendition."""
+    if not changed:
+        return []
+    spans = []
+    start = previous = changed[0]
+    for col in changed[1:]:
+        gap = attrs[previous : col + 1]
+        if col - previous > _MERGE_GAP + 1 or gap.strip(gap[0]):
+            spans.append((start, previous + 1))
+            start = col
+        previous = col
+    spans.append((start, previous + 1))
+    return spans
+
+
+# ======================================================================================================================
+# == 13. Synchronized states -- user stream (keys, resizes) and terminal state (screen, echo ack)
+# ======================================================================================================================
+# What the two ends keep in step. Client to server: everything the user did, as an append-only list of events, of which
+# a diff is the part the other end lacks; nothing may be lost or doubled, and nothing is, since a state is a length.
+# Server to client: the screen, of which only the newest counts; a diff is a frame diff.
+#
+# The echo ack rides with the screen: "what you see takes your state n into account". It follows the input by at least
+# ECHO_ACK_DELAY_MS, time enough for a program to echo, so that the client can tell a missing echo from a late one.
+#
+# Hello is ours: the first event of a client says what it can do beyond stock mosh, and a server of ours answers with
+# the same in its screen state. A stock peer skips the field unread; until a peer's Hello is seen, it is stock.
+
+ECHO_ACK_DELAY_MS = 50
+SIZE_LIMIT = 0xFFFF  # rows or columns; what the kernel's window size can hold
+EVENT_LIMIT = 1 << 20  # events kept for diffs; a peer that needs more is broken
+CAPABILITIES: tuple[str, ...] = ()  # what this version can do beyond stock mosh
+
+
+class Resize:
+    """The user's window has a new size, each at least 1."""
+
+    __slots__ = ("height", "width")
+
+    def __init__(self, width: int, height: int) -> None:
+        self.width = width
+        self.height = height
+
+    def encode(self) -> bytes:
+        """Return the ResizeMessage, which both directions share."""
+        return encode_field(RESIZE_WIDTH, self.width) + encode_field(RESIZE_HEIGHT, self.height)
+
+    @classmethod
+    def decode(cls, data: bytes) -> Resize:
+        """Parse a ResizeMessage. Raises PacketError if a size is out of range."""
+        size = dict(decode_fields(data))
+        width, height = size.get(RESIZE_WIDTH, 0), size.get(RESIZE_HEIGHT, 0)
+        if not (isinstance(width, int) and isinstance(height, int)):
+            raise PacketError("resize is malformed")
+        if not (1 <= width <= SIZE_LIMIT and 1 <= height <= SIZE_LIMIT):
+            raise PacketError(f"resize to {width}x{height} is out of range")
+        return cls(width, height)
+
+
+class Hello:
+    """What an end can do beyond stock mosh."""
+
+    __slots__ = ("capabilities", "version")
+
+    def __init__(self, capabilities: tuple[str, ...] = CAPABILITIES, version: str = __version__) -> None:
+        self.capabilities = capabilities
+        self.version = version
+
+    def encode(self) -> bytes:
+        """Return the Hello message."""
+        fields = [encode_field(HELLO_CAPABILITY, name.encode()) for name in self.capabilities]
+        return b"".join(fields) + encode_field(HELLO_VERSION, self.version.encode())
+
+    @classmethod
+    def decode(cls, data: bytes) -> Hello:
+        """Parse a Hello message. Raises PacketError."""
+        capabilities, version = [], ""
+        for number, value in decode_fields(data):
+            if isinstance(value, bytes) and number == HELLO_CAPABILITY:
+                capabilities.append(value.decode("utf-8", "replace"))
+            elif isinstance(value, bytes) and number == HELLO_VERSION:
+                version = value.decode("utf-8", "replace")
+        return cls(tuple(capabilities), version)
+
+
+if TYPE_CHECKING:
+    UserEvent = Union[int, Resize, Hello]  # an int is one byte typed
+
+
+def _instruction(number: int, body: bytes) -> bytes:
+    """Return one entry of a UserMessage or HostMessage."""
+    return encode_field(MESSAGE_INSTRUCTION, encode_field(number, body))
+
+
+def _decode_instructions(message: bytes) -> Iterator[dict[int, bytes]]:
+    """Yield the fields of each entry of a UserMessage or HostMessage. Raises PacketError."""
+    for number, value in decode_fields(message):
+        if number == MESSAGE_INSTRUCTION and isinstance(value, bytes):
+            yield {field: body for field, body in decode_fields(value) if isinstance(body, bytes)}
+
+
+def _bytes_field(message: bytes, wanted: int) -> bytes:
+    """Return the last bytes field with that number, or nothing."""
+    found = [value for number, value in decode_fields(message) if number == wanted and isinstance(value, bytes)]
+    return found[-1] if found else b""
+
+
+class _EventLog:
+    """The events that all states of one user stream have in common, less a prefix that is no longer needed."""
+
+    __slots__ = ("events", "full", "start")
+
+    def __init__(self) -> None:
+        self.events: list[UserEvent] = []
+        self.start = 0  # how many came before the first one kept
+        self.full = False  # the reader cannot take more at present
+
+
+class UserStream:
+    """The first `length` events of a log that all states of a session share."""
+
+    __slots__ = ("_log", "length")
+
+    def __init__(self, log: _EventLog | None = None, length: int = 0) -> None:
+        self._log = log or _EventLog()
+        self.length = length
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, UserStream) and self.length == other.length
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def with_events(self, events: Iterable[UserEvent]) -> UserStream:
+        """Return the stream with `events` appended. Raises PacketError when that would be too many."""
+        log, added = self._log, list(events)
+        known = log.start + len(log.events) - self.length  # a peer may tell us again what a later state already told
+        log.events += added[known:]
+        if len(log.events) > EVENT_LIMIT:
+            del log.events[EVENT_LIMIT:]
+            raise PacketError("too many unacknowledged events")
+        return UserStream(log, self.length + len(added))
+
+    def events_since(self, length: int) -> list[UserEvent]:
+        """Return the events behind the first `length`."""
+        start = self._log.start
+        return self._log.events[max(0, length - start) : self.length - start]
+
+    def refuse_more(self, full: bool) -> None:
+        """Refuse further events of the peer, which keeps and repeats them, while the reader is behind."""
+        self._log.full = full
+
+    # -- State
+
+    def diff_from(self, base: UserStream) -> bytes:
+        """Return a UserMessage with the events after `base`."""
+        out = []
+        keys = bytearray()
+        for event in self.events_since(base.length):
+            if isinstance(event, int):
+                keys.append(event)
+                continue
+            if keys:
+                out.append(_instruction(USER_KEYSTROKE, encode_field(KEYSTROKE_KEYS, bytes(keys))))
+                keys.clear()
+            out.append(_instruction(USER_RESIZE if isinstance(event, Resize) else HELLO, event.encode()))
+        if keys:
+            out.append(_instruction(USER_KEYSTROKE, encode_field(KEYSTROKE_KEYS, bytes(keys))))
+        return b"".join(out)
+
+    def applied(self, diff: bytes) -> UserStream:
+        """See State."""
+        events: list[UserEvent] = []
+        for fields in _decode_instructions(diff):
+            if USER_KEYSTROKE in fields:
+                events += _bytes_field(fields[USER_KEYSTROKE], KEYSTROKE_KEYS)
+            elif USER_RESIZE in fields:
+                events.append(Resize.decode(fields[USER_RESIZE]))
+            elif HELLO in fields:
+                events.append(Hello.decode(fields[HELLO]))
+        if events and self._log.full:
+            raise PacketError("the program does not read its input; the peer will send it again")
+        return self.with_events(events)
+
+    def forget_before(self, base: UserStream) -> None:
+        """See State."""
+        log = self._log
+        if base.length > log.start:
+            del log.events[: base.length - log.start]
+            log.start = base.length
+
+
+_WIRE = Display()  # the peer's emulator can do everything, and nobody watches it draw
+
+
+class TerminalState:
+    """The server's screen and the newest user state it takes into account."""
+
+    __slots__ = ("echo_ack", "emulator", "hello")
+
+    def __init__(self, emulator: Emulator, echo_ack: int = 0, hello: Hello | None = None) -> None:
+        self.emulator = emulator
+        self.echo_ack = echo_ack
+        self.hello = hello
+
+    @property
+    def framebuffer(self) -> Framebuffer:
+        """The screen."""
+        return self.emulator.framebuffer
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (
+            isinstance(other, TerminalState)
+            and self.echo_ack == other.echo_ack
+            and (self.hello is None) == (other.hello is None)
+            and self.framebuffer == other.framebuffer
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def diff_from(self, base: TerminalState) -> bytes:
+        """Return a HostMessage; see State."""
+        out = []
+        last, new = base.framebuffer, self.framebuffer
+        if self.hello and not base.hello:
+            out.append(_instruction(HELLO, self.hello.encode()))
+        if self.echo_ack != base.echo_ack:
+            out.append(_instruction(HOST_ECHO_ACK, encode_field(ECHO_ACK_NUM, self.echo_ack)))
+        if (last.width, last.height) != (new.width, new.height):
+            out.append(_instruction(HOST_RESIZE, Resize(new.width, new.height).encode()))
+        frame = _WIRE.frame(last, new)
+        if frame:
+            out.append(_instruction(HOST_BYTES, encode_field(HOST_STRING, frame)))
+        return b"".join(out)
+
+    def applied(self, diff: bytes) -> TerminalState:
+        """See State."""
+        new = TerminalState(self.emulator.copy(), self.echo_ack, self.hello)
+        for fields in _decode_instructions(diff):
+            if HOST_BYTES in fields:
+                new.emulator.feed(_bytes_field(fields[HOST_BYTES], HOST_STRING))
+            elif HOST_RESIZE in fields:
+                size = Resize.decode(fields[HOST_RESIZE])
+                new.emulator.resize(size.width, size.height)
+            elif HOST_ECHO_ACK in fields:
+                new._take_echo_ack(fields[HOST_ECHO_ACK])
+            elif HELLO in fields:
+                new.hello = Hello.decode(fields[HELLO])
+        new.emulator.take_replies()  # security: a server must not make the client's side type anything
+        return new
+
+    def _take_echo_ack(self, message: bytes) -> None:
+        for number, value in decode_fields(message):
+            if number == ECHO_ACK_NUM and isinstance(value, int):
+                if value < self.echo_ack:
+                    raise PacketError("echo ack goes backwards")
+                self.echo_ack = value
+
+    def forget_before(self, base: TerminalState) -> None:
+        """See State; a screen has no history."""
+
+
+class CursorKeyFilter:
+    """Turns the client's arrow keys into what the program expects.
+
+    The client keeps its terminal in application cursor mode, where arrows are ESC O A to ESC O D. A program that has
+    not asked for that mode gets ESC [ A to ESC [ D.
+    """
+
+    def __init__(self) -> None:
+        self._pending = b""  # ESC has been passed on, ESC O is held
+
+    def filter(self, keys: bytes, application_mode: bool) -> bytes:
+        """Return what the program shall read for `keys`; a sequence may be cut anywhere."""
+        if not self._pending and b"\x1b" not in keys:
+            return keys
+        out = bytearray()
+        for key in keys:
+            if self._pending == b"\x1bO":
+                translate = key in b"ABCD" and not application_mode
+                out += b"[" if translate else b"O"
+                out.append(key)
+                self._pending = b""
+            elif self._pending == b"\x1b" and key == ord("O"):
+                self._pending = b"\x1bO"
+            else:
+                out.append(key)
+                self._pending = b"\x1b" if key == 0x1B and not self._pending else b""
+        return bytes(out)
+
+
+# ======================================================================================================================
+# == 14. Prediction and overlays -- prediction engine, notification bar, title
+# ======================================================================================================================
+# The client shows what the user types before the server has echoed it. It guesses that a letter appears where the
+# cursor is and checks each guess against the screen once the echo ack says that the screen has had time to show it.
+#
+# Guesses come in epochs. A new epoch starts hidden ("tentative") whenever the program may do something else than echo:
+# after Return, a control key, an escape sequence. The first guess of an epoch that proves right makes the epoch and all
+# that was guessed in it visible. So a password, never echoed, is never shown, and a full-screen program costs at most
+# one round trip before its typing is instant too. One visible guess that proves wrong drops everything.
+#
+# Predictions are made against what the user sees, the overlays included, and judged against the server's bare screen.
+
+SHOW_PREDICTIONS_MS = (20, 30)  # by send interval, about half a round trip: off at or below, on above
+UNDERLINE_MS = (50, 80)  # likewise, for underlining them
+GLITCH_MS = 250  # a prediction pending for this long makes predictions show on a fast link, too
+STRONG_GLITCH_MS = 5_000  # and for this long underlines them
+GLITCH_CURE_COUNT = 10  # quick confirmations until that ends
+GLITCH_CURE_INTERVAL_MS = 150  # counted at most this often
+BULK_READ_BYTES = 100  # a longer read is a paste, for which nothing is predicted
+PREDICTION_WAKE_MS = 50
+
+NEVER = LAST_STATE_NUM  # as an epoch or a state number: not before the end of time
+_BLANKS = ("", " ", "\xa0")
+
+CodePair = tuple[str, str]  # a cell as (text, attrs) code points
+
+
+class PredictionMode(Enum):
+    """When predictions are shown."""
+
+    ADAPTIVE = "adaptive"  # on slow links, and on a fast one while it misbehaves
+    ALWAYS = "always"
+    NEVER = "never"
+    EXPERIMENTAL = "experimental"  # at once, without waiting for an epoch to prove itself
+
+
+class Verdict(Enum):
+    """What the screen says about a prediction."""
+
+    INACTIVE = auto()
+    PENDING = auto()  # the screen cannot show it yet
+    CORRECT = auto()
+    NO_CREDIT = auto()  # right, but it may be by accident
+    WRONG = auto()
+
+
+class CursorPrediction:
+    """Where the cursor will be."""
+
+    __slots__ = ("col", "expires", "row", "until")
+
+    def __init__(self, row: int, col: int, until: int, expires: int) -> None:
+        self.row = row
+        self.col = col
+        self.until = until  # its epoch: tentative while this is above the confirmed one
+        self.expires = expires  # the client state that carries the key; judged once the echo ack has reached it
+
+
+class CellPrediction:
+    """What one cell will show."""
+
+    __slots__ = ("active", "expires", "made_at", "new", "olds", "unknown", "until")
+
+    def __init__(self, until: int) -> None:
+        self.active = False
+        self.until = until
+        self.expires = 0
+        self.made_at = 0
+        self.new: CodePair = (NUL, Codebook.DEFAULT)
+        self.unknown = False  # something will be there, we cannot say what
+        self.olds: list[CodePair] = []  # what was there before: finding that again proves nothing
+
+    def clear(self) -> None:
+        """Withdraw the prediction."""
+        self.active = self.unknown = False
+        self.olds = []
+        self.expires = self.until = NEVER
+
+    def recycle(self) -> None:
+        """Make room for a newer prediction, remembering this one as something that may have been there."""
+        if self.active and not self.unknown:
+            self.olds.append(self.new)
+            self.active = False
+            self.expires = self.until = NEVER
+        else:
+            self.clear()
+
+
+class PredictionEngine:
+    """Predicts the effect of keystrokes. A ParserSink for the user's keys."""
+
+    def __init__(self, mode: PredictionMode, overwrite: bool, codebook: Codebook) -> None:
+        self.mode = mode
+        self.overwrite = overwrite  # typing replaces the character under the cursor instead of pushing it on
+        # what the transport says; see `observe`
+        self._last_sent_num = 0
+        self._echo_ack = 0
+        self._send_interval_ms = FRAME_INTERVAL_MS[1]
+        # predictions
+        self.epoch = 1
+        self.confirmed_epoch = 0
+        self.cursors: list[CursorPrediction] = []  # the last one is where the next key goes
+        self.rows: dict[int, list[CellPrediction]] = {}
+        # when to show and to underline them
+        self.shows_slow_link = False
+        self.underlines = False
+        self.glitch = 0
+        self._last_quick_at = 0
+        # the screen and the keys
+        self._book = codebook
+        codebook.register(self)
+        self._size = (0, 0)
+        self._screen = Framebuffer(1, 1, codebook)
+        self._now = 0
+        self._decoder = Utf8Decoder()
+        self._parser = Parser()
+        self._last_byte = 0
+
+    def observe(self, *, last_sent_num: int, echo_ack: int, send_interval_ms: int) -> None:
+        """Take note of the transport's numbers."""
+        self._last_sent_num = last_sent_num
+        self._echo_ack = echo_ack
+        self._send_interval_ms = send_interval_ms
+
+    # -- queries
+
+    @property
+    def active_cell_count(self) -> int:
+        """How many cells are predicted at present."""
+        return sum(cell.active for row in self.rows.values() for cell in row)
+
+    def wake_ms(self) -> int | None:
+        """Return how soon the predictions want to be looked at again, None if there is no need."""
+        busy = bool(self.cursors) or self.active_cell_count > 0
+        return PREDICTION_WAKE_MS if busy and not (self.glitch and self.underlines) else None
+
+    def codes_in_use(self) -> Iterator[str]:
+        """See Codebook.register."""
+        for row in self.rows.values():
+            for cell in row:
+                for text, attr in (cell.new, *cell.olds):
+                    yield text + attr
+
+    # -- epochs
+
+    def reset(self) -> None:
+        """Forget all predictions and start a new tentative epoch."""
+        self.cursors = []
+        self.rows = {}
+        self._become_tentative()
+
+    def _become_tentative(self) -> None:
+        if self.mode is not PredictionMode.EXPERIMENTAL:
+            self.epoch += 1
+
+    def _kill_epoch(self, epoch: int, screen: Framebuffer) -> None:
+        """A tentative prediction was wrong: withdraw its epoch and what followed, which nobody has seen."""
+        self.cursors = [cursor for cursor in self.cursors if cursor.until < epoch]
+        self._new_cursor(screen.cursor_row, screen.cursor_col)
+        for row in self.rows.values():
+            for cell in row:
+                if cell.until >= epoch:
+                    cell.clear()
+        self._become_tentative()
+
+    # -- judging
+
+    def _cell_verdict(self, cell: CellPrediction, row: int, col: int, screen: Framebuffer) -> Verdict:
+        if not cell.active:
+            return Verdict.INACTIVE
+        if row >= screen.height or col >= screen.width:
+            return Verdict.WRONG
+        if self._echo_ack < cell.expires:
+            return Verdict.PENDING
+        if cell.unknown or self._is_blank(cell.new):
+            return Verdict.NO_CREDIT
+        if not self._contents_match(screen.code_at(row, col), cell.new):
+            return Verdict.WRONG
+        was_there = any(self._contents_match(old, cell.new) for old in cell.olds)
+        return Verdict.NO_CREDIT if was_there else Verdict.CORRECT
+
+    def _cursor_verdict(self, cursor: CursorPrediction, screen: Framebuffer) -> Verdict:
+        if cursor.row >= screen.height or cursor.col >= screen.width:
+            return Verdict.WRONG
+        if self._echo_ack < cursor.expires:
+            return Verdict.PENDING
+        there = (cursor.row, cursor.col) == (screen.cursor_row, screen.cursor_col)
+        return Verdict.CORRECT if there else Verdict.WRONG
+
+    def _is_blank(self, cell: CodePair) -> bool:
+        return self._book.contents(cell[0]) in _BLANKS
+
+    def _contents_match(self, a: CodePair, b: CodePair) -> bool:
+        return self._book.contents(a[0]) == self._book.contents(b[0]) or (self._is_blank(a) and self._is_blank(b))
+
+    def cull(self, screen: Framebuffer, now: int) -> None:
+        """Judge all predictions against `screen` and drop those that are settled."""
+        if self.mode is PredictionMode.NEVER:
+            return
+        if self._size != (screen.width, screen.height):
+            self._size = (screen.width, screen.height)
+            self.reset()
+        self._update_triggers()
+        if not self._cull_cells(screen, now):
+            return
+        if self.cursors and self._cursor_verdict(self.cursors[-1], screen) is Verdict.WRONG:
+            if self.mode is PredictionMode.EXPERIMENTAL:
+                self.cursors = []
+            else:
+                self.reset()
+                return
+        self.cursors = [c for c in self.cursors if self._cursor_verdict(c, screen) is Verdict.PENDING]
+
+    def _update_triggers(self) -> None:
+        interval = self._send_interval_ms
+        if interval > SHOW_PREDICTIONS_MS[1]:
+            self.shows_slow_link = True
+        elif interval <= SHOW_PREDICTIONS_MS[0] and self.shows_slow_link:
+            self.shows_slow_link = bool(self.cursors) or self.active_cell_count > 0
+        if interval > UNDERLINE_MS[1]:
+            self.underlines = True
+        elif interval <= UNDERLINE_MS[0]:
+            self.underlines = False
+        if self.glitch > GLITCH_CURE_COUNT:
+            self.underlines = True
+
+    def _cull_cells(self, screen: Framebuffer, now: int) -> bool:
+        """Judge the cells. Returns False if a visible one was wrong and everything was dropped."""
+        for row in list(self.rows):
+            if row >= screen.height:
+                del self.rows[row]
+                continue
+            for col, cell in enumerate(self.rows[row]):
+                verdict = self._cell_verdict(cell, row, col, screen)
+                if verdict is Verdict.WRONG:
+                    if self.mode is PredictionMode.EXPERIMENTAL:
+                        cell.clear()
+                    elif cell.until > self.confirmed_epoch:
+                        self._kill_epoch(cell.until, screen)
+                    else:
+                        self.reset()
+                        return False
+                elif verdict is Verdict.PENDING:
+                    self._note_delay(now - cell.made_at)
+                elif verdict is not Verdict.INACTIVE:
+                    if verdict is Verdict.CORRECT:
+                        self._confirm(row, col, cell, screen, now)
+                    cell.clear()
+        return True
+
+    def _note_delay(self, pending_ms: int) -> None:
+        if pending_ms >= STRONG_GLITCH_MS:
+            self.glitch = 2 * GLITCH_CURE_COUNT
+        elif pending_ms >= GLITCH_MS:
+            self.glitch = max(self.glitch, GLITCH_CURE_COUNT)
+
+    def _confirm(self, row: int, col: int, cell: CellPrediction, screen: Framebuffer, now: int) -> None:
+        """A prediction came true: trust its epoch, and expect the rest of the row in the same rendition."""
+        self.confirmed_epoch = max(self.confirmed_epoch, cell.until)
+        quick = now - cell.made_at < GLITCH_MS
+        if quick and self.glitch > 0 and now - GLITCH_CURE_INTERVAL_MS >= self._last_quick_at:
+            self.glitch -= 1
+            self._last_quick_at = now
+        attr = without_wrap(screen.code_at(row, col)[1])
+        for other in self.rows[row][col:]:
+            other.new = (other.new[0], attr)
+
+    # -- showing
+
+    def apply(self, screen: Framebuffer) -> None:
+        """Draw the predictions that may be seen on `screen`, a copy of the server's."""
+        if self.mode is PredictionMode.NEVER:
+            return
+        if self.mode is PredictionMode.ADAPTIVE and not (self.shows_slow_link or self.glitch):
+            return
+        for cursor in self.cursors:
+            if cursor.until <= self.confirmed_epoch and cursor.row < screen.height and cursor.col < screen.width:
+                screen.cursor_row, screen.cursor_col = cursor.row, cursor.col
+        for row, cells in self.rows.items():
+            for col, cell in enumerate(cells):
+                if cell.active and cell.until <= self.confirmed_epoch and row < screen.height and col < screen.width:
+                    self._apply_cell(cell, row, col, screen)
+
+    def _apply_cell(self, cell: CellPrediction, row: int, col: int, screen: Framebuffer) -> None:
+        there = screen.code_at(row, col)
+        underline = self.underlines and not (self._is_blank(there) and self._is_blank(cell.new))
+        if cell.unknown:
+            if underline and col != screen.width - 1:
+                screen.set_code(row, col, there[0], self._underlined(there[1]))
+        elif there != cell.new:
+            text, attr = cell.new
+            screen.set_code(row, col, text, self._underlined(attr) if underline else attr)
+
+    def _underlined(self, attr: str) -> str:
+        pen = self._book.rendition(attr)
+        code = self._book.rendition_code(Rendition(pen.attributes | UNDERLINED, pen.foreground, pen.background))
+        return with_wrap(code) if has_wrap(attr) else code
+
+    # -- predicting
+
+    def key(self, byte: int, screen: Framebuffer, now: int) -> None:
+        """Predict the effect of one byte typed, `screen` being what the user sees."""
+        if self.mode is PredictionMode.NEVER:
+            return
+        if self.mode is PredictionMode.EXPERIMENTAL:
+            self.epoch = self.confirmed_epoch
+        self.cull(screen, now)
+        if self._last_byte == 0x1B and byte == ord("O"):
+            byte = ord("[")  # arrows in application cursor mode
+        self._last_byte = byte
+        self._screen, self._now = screen, now
+        self._parser.feed(self._decoder.decode(bytes((byte,))), self)
+
+    def print(self, text: str) -> None:
+        """See ParserSink."""
+        for char in text:
+            if char == "\x7f":
+                self._backspace()
+            elif char_width(char) == 1:
+                self._type(char)
+            else:
+                self._ensure_cursor()
+                self._become_tentative()
+
+    def execute(self, char: str) -> None:
+        """See ParserSink."""
+        self._become_tentative()
+        if char == "\r":
+            self._newline()
+
+    def esc_dispatch(self, key: str) -> None:
+        """See ParserSink."""
+        self._become_tentative()
+
+    def csi_dispatch(self, key: str, parameters: str) -> None:
+        """See ParserSink."""
+        if key[-1:] not in ("C", "D"):
+            self._become_tentative()
+            return
+        cursor = self._ensure_cursor()
+        if key[-1] == "C" and cursor.col < self._screen.width - 1:
+            self._touch(cursor.col + 1)
+        elif key[-1] == "D" and cursor.col > 0:
+            self._touch(cursor.col - 1)
+
+    def osc_dispatch(self, text: str) -> None:
+        """See ParserSink; keys hold none that matters."""
+
+    def _new_cursor(self, row: int, col: int) -> CursorPrediction:
+        self.cursors.append(CursorPrediction(row, col, self.epoch, self._last_sent_num + 1))
+        return self.cursors[-1]
+
+    def _ensure_cursor(self) -> CursorPrediction:
+        """Return the cursor prediction of this epoch, made from the last one or from the screen."""
+        if not self.cursors:
+            return self._new_cursor(self._screen.cursor_row, self._screen.cursor_col)
+        last = self.cursors[-1]
+        return last if last.until == self.epoch else self._new_cursor(last.row, last.col)
+
+    def _touch(self, col: int) -> None:
+        self.cursors[-1].col = col
+        self.cursors[-1].expires = self._last_sent_num + 1
+
+    def _row_cells(self, row: int) -> list[CellPrediction]:
+        if row not in self.rows:
+            self.rows[row] = [CellPrediction(self.epoch) for _ in range(self._screen.width)]
+        return self.rows[row]
+
+    def _arm(self, cell: CellPrediction) -> None:
+        cell.active = True
+        cell.until = self.epoch
+        cell.expires = self._last_sent_num + 1
+        cell.made_at = self._now
+
+    def _replace(self, row: int, col: int) -> CellPrediction:
+        """Start a new prediction for a cell, with what the user sees there as something that was there before."""
+        cell = self._row_cells(row)[col]
+        cell.recycle()
+        self._arm(cell)
+        cell.olds.append(self._screen.code_at(row, col))
+        return cell
+
+    def _take_from(self, cell: CellPrediction, row: int, col: int) -> None:
+        """Predict that `cell` shows what is in column `col` now."""
+        neighbour = self._row_cells(row)[col]
+        if not neighbour.active:
+            cell.unknown = False
+            cell.new = self._screen.code_at(row, col)
+        else:
+            cell.unknown = neighbour.unknown
+            if not neighbour.unknown:
+                cell.new = neighbour.new
+
+    def _backspace(self) -> None:
+        cursor, screen = self._ensure_cursor(), self._screen
+        row, width = cursor.row, screen.width
+        cells = self._row_cells(row)
+        if cursor.col == 0:
+            return
+        self._touch(cursor.col - 1)
+        if self.overwrite:
+            cell = cells[cursor.col]
+            cell.recycle()
+            self._arm(cell)
+            text, attr = screen.code_at(screen.cursor_row, screen.cursor_col)
+            cell.olds.append((text, attr))
+            cell.new = (self._same_shape(text, " "), attr)
+            return
+        for col in range(cursor.col, width):
+            cell = self._replace(row, col)
+            if col + 2 < width:
+                self._take_from(cell, row, col + 1)
+            else:
+                cell.unknown = True
+
+    def _type(self, char: str) -> None:
+        cursor, screen = self._ensure_cursor(), self._screen
+        row, col, width = cursor.row, cursor.col, screen.width
+        cells = self._row_cells(row)
+        if col == width - 1:
+            self._become_tentative()
+        if not self.overwrite:
+            for shifted in range(width - 1, col, -1):
+                cell = self._replace(row, shifted)
+                if shifted == width - 1:
+                    cell.unknown = True
+                else:
+                    self._take_from(cell, row, shifted - 1)
+        cell = self._replace(row, col)
+        attr = self._attr_for_typing(row, col, cells)
+        cell.new = (self._same_shape(cell.new[0], char), attr)
+        self._touch(col)
+        if col < width - 1:
+            self._touch(col + 1)
+        else:
+            self._become_tentative()
+            self._newline()
+
+    def _attr_for_typing(self, row: int, col: int, cells: list[CellPrediction]) -> str:
+        """Typed text looks like what stands left of it, or at the left edge like the pen."""
+        if col == 0:
+            return self._screen.pen
+        left = cells[col - 1]
+        known = left.active and not left.unknown
+        return without_wrap(left.new[1] if known else self._screen.code_at(row, col - 1)[1])
+
+    def _same_shape(self, text: str, contents: str) -> str:
+        """Return the code for a cell as wide and as fallback as `text`, with other contents."""
+        return self._book.cell_code(contents, self._book.is_wide(text), self._book.is_fallback(text))
+
+    def _newline(self) -> None:
+        cursor = self._ensure_cursor()
+        cursor.col = 0
+        if cursor.row < self._screen.height - 1:
+            cursor.row += 1
+            return
+        for cell in self._row_cells(cursor.row):  # the screen will scroll; no need to predict how
+            self._arm(cell)
+            cell.new = (NUL, cell.new[1])
+
+
+# -- notification bar
+
+SERVER_LATE_MS = 6_500  # nothing new from the server for longer than this
+REPLY_LATE_MS = 10_000  # none of what we sent for longer than this has been acknowledged
+MESSAGE_MS = 1_000
+NETWORK_ERROR_MS = 3_100
+BAR_REFRESH_MS = {False: 1_000, True: 3_000}  # how often the seconds are counted on; True after a long silence
+LONG_SILENCE_MS = 60_000
+BAR_LIMIT = 127  # characters
+_BAR_FOREGROUND, _BAR_BACKGROUND = 7, 4
+
+
+class NotificationBar:
+    """The blue line at the top: what is wrong, for how long, and how to quit."""
+
+    def __init__(self, now: int, quit_key: str) -> None:
+        """`quit_key` names the escape key, empty if there is none."""
+        self.last_heard_at = now  # when the newest state of the server arrived
+        self.last_acked_at = now  # when the newest of our states that it is known to have was sent
+        self._hint = f" [To quit: {quit_key} .]" if quit_key else ""
+        self._message = ""
+        self._expires_at: int | None = None  # None: stays until replaced
+        self._shows_hint = True
+        self._is_network_error = False
+
+    def set_message(self, text: str, now: int, *, permanent: bool = False, hint: bool = True) -> None:
+        """Show `text` for MESSAGE_MS or until replaced; empty text clears it."""
+        self._message = text
+        self._expires_at = None if permanent else now + MESSAGE_MS
+        self._shows_hint = hint
+        self._is_network_error = False
+
+    def set_network_error(self, text: str, now: int) -> None:
+        """Show the system's word on a failure to send."""
+        self.set_message(text, now)
+        self._expires_at = now + NETWORK_ERROR_MS
+        self._is_network_error = True
+
+    def network_works(self, now: int) -> None:
+        """A datagram could be sent: a network error goes soon."""
+        if self._is_network_error and self._expires_at is not None:
+            self._expires_at = min(self._expires_at, now + MESSAGE_MS)
+
+    def text(self, now: int) -> str:
+        """Return the whole line, empty if nothing is to be shown."""
+        if self._expires_at is not None and now >= self._expires_at:
+            self.set_message("", now, permanent=True)
+        server_late = now - self.last_heard_at > SERVER_LATE_MS
+        reply_late = now - self.last_acked_at > REPLY_LATE_MS
+        late = server_late or reply_late
+        if not self._message and not late:
+            return ""
+        word, since = "contact", self.last_heard_at
+        if reply_late and not server_late:
+            word, since = "reply", self.last_acked_at
+        hint = self._hint if self._shows_hint or not self._message else ""
+        if not self._message:
+            line = f"mosh: Last {word} {_duration(now - since, ' seconds')} ago.{hint}"
+        elif not late:
+            line = f"mosh: {self._message}{hint}"
+        else:
+            line = f"mosh: {self._message} ({_duration(now - since, ' s')} without {word}.){hint}"
+        return line[:BAR_LIMIT]
+
+    def draw(self, screen: Framebuffer, now: int) -> None:
+        """Put the line on `screen`, if there is one to show."""
+        text = self.text(now)
+        if not text:
+            return
+        if screen.cursor_row == 0:
+            screen.cursor_visible = False
+        book, width = screen.codebook, screen.width
+        plain = book.rendition_code(Rendition(0, _BAR_FOREGROUND, _BAR_BACKGROUND))
+        bold = book.rendition_code(Rendition(BOLD, _BAR_FOREGROUND, _BAR_BACKGROUND))
+        cells: list[tuple[str, str]] = []
+        for char in text:
+            columns = char_width(char)
+            if columns == 0 and cells:
+                contents = book.contents(cells[-1][0]) + char
+                cells[-1] = (book.cell_code(contents, False, False), bold)
+            elif columns > 0 and len(cells) + columns <= width:
+                cells += [(book.cell_code(char, columns == 2, False), bold), (" ", plain)][:columns]
+        cells += [(" ", plain)] * (width - len(cells))
+        screen.set_code(0, 0, "".join(cell[0] for cell in cells), "".join(cell[1] for cell in cells))
+
+    def next_timeout(self, now: int) -> int:
+        """Return when the line changes next, as seen at `now`."""
+        deadlines = [] if self._expires_at is None or not self._message else [self._expires_at]
+        late_at = min(self.last_heard_at + SERVER_LATE_MS, self.last_acked_at + REPLY_LATE_MS) + 1
+        refresh = BAR_REFRESH_MS[now - self.last_heard_at > LONG_SILENCE_MS]
+        deadlines.append(late_at if now < late_at else now + refresh)
+        return min(deadlines)
+
+
+def _duration(elapsed_ms: int, unit: str) -> str:
+    seconds = max(0, elapsed_ms) // 1000
+    if seconds < 60:
+        return f"{seconds}{unit}"
+    minutes, seconds = divmod(seconds, 60)
+    if minutes < 60:
+        return f"{minutes}:{seconds:02d}"
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
+
+
+def prefix_titles(screen: Framebuffer, prefix: str) -> None:
+    """Put `prefix` before the window title, and before the icon name where that is the same."""
+    if screen.icon_name == screen.window_title:
+        screen.icon_name = prefix + screen.icon_name
+    screen.window_title = prefix + screen.window_title
+
+
+# ======================================================================================================================
+# == 15. Cores -- ServerCore and ClientCore: each end complete but for I/O
+# ======================================================================================================================
+# A core is everything an end does except touching the world. It has doors for bytes (datagrams, keys, program output),
+# asks to be woken at `next_timeout`, and takes the time as an argument, so a whole session with both ends, a network
+# and a user runs in one process on a simulated clock. The shells below the I/O line only wait, feed, drain and draw.
+
+INPUT_LIMIT_BYTES = 1 << 20  # typed ahead for a program that does not read; beyond it the client has to keep it
+CONNECT_NOTICE_MS = 250  # a client without an answer says so after this
+CONNECT_LIMIT_MS = 15_000  # and gives up after this
+REPAINT_KEY = 0x0C  # Ctrl-L also repaints the local terminal
+SUSPEND_KEY = 0x1A
+DEFAULT_ESCAPE_KEY = 0x1E  # Ctrl-^
+TITLE_PREFIX = "[mosh] "
+
+
+class ServerCore:
+    """The server's end: a program's output in, its input and window size out, datagrams both ways."""
+
+    def __init__(
+        self,
+        channel: Channel,
+        now: int,
+        *,
+        width: int,
+        height: int,
+        random_bytes: Callable[[int], bytes],
+        mtu_bytes: int = MTU_BYTES["IPv4"],
+    ) -> None:
+        self._emulator = Emulator(width, height)
+        self._key_filter = CursorKeyFilter()
+        self._hello: Hello | None = None  # ours, once the client has shown that it knows what that is
+        self.client_hello: Hello | None = None
+        self.transport: Transport[TerminalState, UserStream] = Transport(
+            DatagramLayer(channel, now, is_server=True, mtu_bytes=mtu_bytes),
+            TerminalState(self._emulator.copy()),
+            UserStream(),
+            now,
+            collect_ms=COLLECT_MS["server"],
+            random_bytes=random_bytes,
+        )
+        # for the program
+        self.host_input = bytearray()  # typed, not yet read by the program; the shell removes what it has written
+        self.size = (width, height)
+        # echo ack
+        self._echo_ack = 0
+        self._echo_pending: deque[tuple[int, int]] = deque()  # (due at, user state) in order
+        # what has been taken over
+        self._user_num = 0
+        self._user_length = 0
+        self._changed = False  # the screen may differ from the one last published
+
+    # -- bytes in
+
+    def receive_datagram(self, data: bytes, source: Address, now: int, congested: bool = False) -> None:
+        """Take in one datagram. Raises PacketError, which is only worth counting."""
+        self._refuse_input_if_full()
+        self.transport.receive_datagram(data, source, now, congested)
+        if self.transport.remote.num != self._user_num:
+            self._take_user_state(now)
+
+    def receive_host_output(self, data: bytes, now: int) -> None:
+        """Take in what the program wrote."""
+        self._emulator.feed(data)
+        self.host_input += self._emulator.take_replies()
+        self._changed = True
+
+    def _take_user_state(self, now: int) -> None:
+        remote = self.transport.remote
+        events = remote.state.events_since(self._user_length)
+        self._user_num = remote.num
+        self._user_length = max(self._user_length, remote.state.length)
+        keys = bytearray()
+        resize: Resize | None = None
+        for event in events:
+            if isinstance(event, Resize):
+                resize = event
+                continue
+            if resize:  # of consecutive resizes only the last one matters
+                self._feed_keys(keys)
+                self._resize(resize)
+                resize = None
+            if isinstance(event, Hello):
+                self.client_hello, self._hello = event, Hello()
+            else:
+                keys.append(event)
+        self._feed_keys(keys)
+        if resize:
+            self._resize(resize)
+        if events:
+            self._echo_pending.append((now + ECHO_ACK_DELAY_MS, remote.num))
+            self._changed = True
+        self._refuse_input_if_full()
+
+    def _feed_keys(self, keys: bytearray) -> None:
+        self.host_input += self._key_filter.filter(bytes(keys), self._emulator.application_cursor_keys)
+        keys.clear()
+
+    def _resize(self, resize: Resize) -> None:
+        self.size = (resize.width, resize.height)
+        self._emulator.resize(*self.size)
+
+    def _refuse_input_if_full(self) -> None:
+        self.transport.remote.state.refuse_more(len(self.host_input) > INPUT_LIMIT_BYTES)
+
+    # -- bytes out
+
+    def datagrams_to_send(self, now: int) -> list[bytes]:
+        """Return the datagrams that are due, for the address in `peer`."""
+        self._publish(now)
+        return self.transport.datagrams_to_send(now)
+
+    def datagrams_sent(self, now: int) -> bool:
+        """To be called after sending. Returns whether the client was given up as unreachable until it calls again."""
+        return self.transport.datagrams.forget_silent_peer(now)
+
+    def _publish(self, now: int) -> None:
+        echo_ack = self._echo_ack
+        while self._echo_pending and self._echo_pending[0][0] <= now:
+            echo_ack = max(echo_ack, self._echo_pending.popleft()[1])
+        if self._changed or echo_ack != self._echo_ack:
+            self._echo_ack, self._changed = echo_ack, False
+            self.transport.set_current(TerminalState(self._emulator.copy(), echo_ack, self._hello), now)
+
+    # -- timers
+
+    def next_timeout(self) -> int | None:
+        """Return when datagrams_to_send has to be asked next, None for not before something comes in."""
+        deadlines = [deadline for deadline in (self.transport.next_timeout(),) if deadline is not None]
+        if self._echo_pending and self.peer is not None:
+            deadlines.append(self._echo_pending[0][0])
+        return min(deadlines, default=None)
+
+    def start_shutdown(self, now: int) -> None:
+        """Send the last screen and say goodbye."""
+        self._publish(now)
+        self.transport.start_shutdown(now)
+
+    # -- queries
+
+    @property
+    def peer(self) -> Address | None:
+        """The address to send to, None while there is none."""
+        return self.transport.datagrams.peers[0] if self.transport.datagrams.peers else None
+
+    @property
+    def phase(self) -> Phase:
+        """See Phase."""
+        return self.transport.phase
+
+    @property
+    def screen(self) -> Framebuffer:
+        """The live screen."""
+        return self._emulator.framebuffer
+
+    @property
+    def client_heard_at(self) -> int:
+        """When the newest state of the client arrived; the start, if none has."""
+        return self.transport.remote.at
+
+
+class EscapeKey:
+    """The key that starts a command to the client itself, and what the keys after it do."""
+
+    def __init__(self, setting: bytes | None) -> None:
+        """`setting`: the value of MOSH_ESCAPE_KEY, None if unset. Source: stock mosh-client's manual page."""
+        self.key: int | None = None
+        self._pass_keys = b"^"
+        self._needs_newline = False  # a printable escape key counts only at the start of a line
+        if setting != b"":
+            self._choose(setting[0] if setting is not None and len(setting) == 1 else DEFAULT_ESCAPE_KEY)
+
+    def _choose(self, key: int) -> None:
+        if not 0 < key < 0x80 or key in b"\x03\x04\n\x0c\r":
+            key = DEFAULT_ESCAPE_KEY
+        self.key = key
+        self._needs_newline = key >= 0x20
+        pass_key = bytes((key if key >= 0x20 else key + 0x40,))
+        self._pass_keys = pass_key + pass_key.lower()
+
+    @property
+    def name(self) -> str:
+        """How to call the key in a text, empty if there is none."""
+        if self.key is None:
+            return ""
+        return f"Ctrl-{chr(self.key + 0x40)}" if self.key < 0x20 else f'"{chr(self.key)}"'
+
+    @property
+    def help(self) -> str:
+        """What the user is told after pressing it."""
+        return f'Commands: Ctrl-Z suspends, "." quits, "{chr(self._pass_keys[0])}" gives literal {self.name}'
+
+    def starts_command(self, key: int, after_newline: bool) -> bool:
+        """Return whether `key` is the escape key here."""
+        return key == self.key and (after_newline or not self._needs_newline)
+
+    def is_pass_key(self, key: int) -> bool:
+        """Return whether `key` after the escape key asks for the escape key itself."""
+        return key in self._pass_keys
+
+
+class ClientCore:
+    """The client's end: keys and window sizes in, frames for the user's terminal out, datagrams both ways."""
+
+    def __init__(
+        self,
+        channel: Channel,
+        now: int,
+        *,
+        width: int,
+        height: int,
+        peers: Sequence[Address],
+        port: int,
+        random_bytes: Callable[[int], bytes],
+        mode: PredictionMode = PredictionMode.ADAPTIVE,
+        overwrite: bool = False,
+        escape_key: EscapeKey | None = None,
+        title_prefix: str = TITLE_PREFIX,
+        display: Display | None = None,
+        mtu_bytes: int = MTU_BYTES["IPv4"],
+    ) -> None:
+        """`peers`: every address the server may have; `port`: its UDP port, for messages."""
+        emulator = Emulator(width, height)
+        datagrams = DatagramLayer(channel, now, is_server=False, mtu_bytes=mtu_bytes)
+        datagrams.peers = list(peers)
+        self.transport: Transport[UserStream, TerminalState] = Transport(
+            datagrams,
+            UserStream(),
+            TerminalState(emulator),
+            now,
+            collect_ms=COLLECT_MS["client"],
+            random_bytes=random_bytes,
+        )
+        self._started_at = now
+        self._port = port
+        self._stream = self.transport.sender.current
+        # the user's keys
+        self._escape_key = escape_key or EscapeKey(None)
+        self._in_command = False
+        self._after_newline = False
+        self.suspend_requested = False  # the shell takes it back once it has suspended
+        # the user's screen
+        self.engine = PredictionEngine(mode, overwrite, emulator.framebuffer.codebook)
+        self.bar = NotificationBar(now, self._escape_key.name)
+        self._title_prefix = title_prefix
+        self._display = display or Display(hide_cursor=True)
+        self._shown = emulator.framebuffer.copy()
+        self._shown_is_known = False
+        self._drawn_at = now
+        self._push((Hello(), Resize(width, height)), now)
+
+    # -- bytes in
+
+    def receive_datagram(self, data: bytes, source: Address, now: int, congested: bool = False) -> None:
+        """Take in one datagram. Raises PacketError, which is worth a line to the user if it is authentic."""
+        was_connecting = self.is_connecting
+        self.transport.receive_datagram(data, source, now, congested)
+        if was_connecting and self.phase is Phase.CONNECTED and not self._in_command:
+            self.bar.set_message("", now, permanent=True)  # the notice of a missing answer
+        self.bar.last_heard_at = self.transport.remote.at
+        self.bar.last_acked_at = self.transport.last_acked_at
+        self._observe()
+
+    def receive_keys(self, data: bytes, now: int) -> None:
+        """Take in what the user typed, one read at a time: a long one is a paste and is not predicted."""
+        if self.transport.phase in (Phase.CLOSING, Phase.CLOSED):
+            return
+        self._observe()
+        if len(data) > BULK_READ_BYTES:
+            self.engine.reset()
+        typed = bytearray()
+        for key in data:
+            if len(data) <= BULK_READ_BYTES:
+                self.engine.key(key, self._shown, now)
+            if not self._take_key(key, typed, now):
+                return
+        self._push(typed, now)
+
+    def resize(self, width: int, height: int, now: int) -> None:
+        """The user's window has a new size; each is brought to at least 1."""
+        self._push((Resize(max(1, width), max(1, height)),), now)
+        self.engine.reset()
+
+    def _push(self, events: Iterable[UserEvent], now: int) -> None:
+        self._stream = self._stream.with_events(events)
+        self.transport.set_current(self._stream, now)
+
+    def _observe(self) -> None:
+        self.engine.observe(
+            last_sent_num=self.transport.last_sent_num,
+            echo_ack=self.transport.remote.state.echo_ack,
+            send_interval_ms=self.transport.datagrams.round_trip.frame_interval_ms,
+        )
+
+    # -- keys
+
+    def _take_key(self, key: int, typed: bytearray, now: int) -> bool:
+        """Take one key: add to `typed` what goes to the program, obey what is for us. Returns whether to go on."""
+        if self._in_command:
+            self._in_command = self._after_newline = False
+            self.bar.set_message("", now, permanent=True)
+            return self._obey(key, typed, now)
+        if self._escape_key.starts_command(key, self._after_newline):
+            self._in_command = True
+            self.bar.set_message(self._escape_key.help, now, permanent=True, hint=False)
+        else:
+            self._after_newline = key in b"\r\n"
+            typed.append(key)
+            if key == REPAINT_KEY:
+                self._shown_is_known = False
+        return True
+
+    def _obey(self, key: int, typed: bytearray, now: int) -> bool:
+        escape_key = self._escape_key.key
+        assert escape_key is not None
+        if key == ord("."):
+            self._push(typed, now)  # nothing typed before it is lost
+            self.start_shutdown("Exiting on user request...", now)
+            return False
+        if key == SUSPEND_KEY:
+            self.suspend_requested = True
+        elif self._escape_key.is_pass_key(key):
+            typed.append(escape_key)
+        else:
+            typed += bytes((escape_key, key))
+        return True
+
+    # -- bytes out
+
+    def datagrams_to_send(self, now: int) -> list[bytes]:
+        """Return the datagrams that are due, each for every address in `peers`."""
+        self._update_notices(now)
+        return self.transport.datagrams_to_send(now)
+
+    def frame_to_draw(self, now: int) -> bytes:
+        """Return what to write to the user's terminal, empty if it is up to date."""
+        screen = self.transport.remote.state.framebuffer.copy()
+        self.engine.cull(screen, now)
+        self.engine.apply(screen)
+        self.bar.draw(screen, now)
+        prefix_titles(screen, self._title_prefix)
+        frame = self._display.frame(self._shown, screen, known=self._shown_is_known)
+        self._shown, self._shown_is_known, self._drawn_at = screen, True, now
+        return frame
+
+    def last_frame(self, now: int) -> bytes:
+        """Return the frame to leave behind: no bar, no title prefix."""
+        self.bar.set_message("", now, permanent=True)
+        self.bar.last_heard_at = self.bar.last_acked_at = now
+        self._title_prefix = ""
+        return self.frame_to_draw(now)
+
+    def repaint(self) -> None:
+        """The user's terminal may show anything: draw all of it next time."""
+        self._shown_is_known = False
+
+    # -- timers, life and death
+
+    def next_timeout(self) -> int:
+        """Return when datagrams_to_send and frame_to_draw have to be asked next."""
+        deadlines: list[int] = [self.bar.next_timeout(self._drawn_at)]
+        transport_at = self.transport.next_timeout()
+        if transport_at is not None:
+            deadlines.append(transport_at)
+        wake_ms = self.engine.wake_ms()
+        if wake_ms is not None:
+            deadlines.append(self._drawn_at + wake_ms)
+        if self.is_connecting:
+            deadlines.append(max(self._started_at + CONNECT_NOTICE_MS + 1, self._drawn_at + CONNECT_NOTICE_MS))
+        return min(deadlines)
+
+    def start_shutdown(self, reason: str, now: int) -> None:
+        """Leave, telling the user why and the server that."""
+        if self.transport.phase not in (Phase.CLOSING, Phase.CLOSED):
+            self.bar.set_message(reason, now, permanent=True)
+            self.transport.start_shutdown(now)
+
+    def _update_notices(self, now: int) -> None:
+        waited_ms = now - self._started_at
+        if not self.is_connecting or self.transport.phase is not Phase.CONNECTING:
+            return
+        if waited_ms > CONNECT_LIMIT_MS:
+            self.start_shutdown("Timed out waiting for server...", now)
+        elif waited_ms > CONNECT_NOTICE_MS:
+            self.bar.set_message(f"Nothing received from server on UDP port {self._port}.", now)
+
+    # -- queries
+
+    @property
+    def is_connecting(self) -> bool:
+        """Whether no state of the server has arrived yet."""
+        return self.transport.remote.num == 0
+
+    @property
+    def peers(self) -> list[Address]:
+        """Where to send: all candidates until one of them has answered, then that one."""
+        return self.transport.datagrams.peers
+
+    @property
+    def phase(self) -> Phase:
+        """See Phase."""
+        return self.transport.phase
+
+    @property
+    def screen(self) -> Framebuffer:
+        """The newest screen of the server, without overlays."""
+        return self.transport.remote.state.framebuffer
+
+    @property
+    def shown(self) -> Framebuffer:
+        """What was drawn last, overlays included."""
+        return self._shown
+
+
+# ======================================================================================================================
+# -- The I/O line: only below it are clocks, entropy, sockets, ptys, signals, processes, environment and printing.
+# ======================================================================================================================
+
+import contextlib  # noqa: E402
+import errno  # noqa: E402
+import fcntl  # noqa: E402
+import os  # noqa: E402
+import selectors  # noqa: E402
+import signal  # noqa: E402
+import socket  # noqa: E402
+import termios  # noqa: E402
+import time  # noqa: E402
+
+if TYPE_CHECKING:
+    import argparse
+    import subprocess
+    from collections.abc import MutableMapping
+    from types import FrameType, TracebackType
+
+# ======================================================================================================================
+# == 16. Outside world -- monotonic clock, UDP sockets, selector loop, signals
+# ======================================================================================================================
+# Each end is one loop: wait for a descriptor, a signal or the core's deadline; feed the core; send what it has to send.
+# `select` serves, since a loop watches a handful of descriptors and other pollers refuse some terminals on macOS.
+
+DATAGRAMS_PER_TURN = 64  # read at most this many before everything else has its turn
+_ECN_CAPABLE = 0x02  # IP TOS: ECT(0), RFC 3168
+_ECN_CONGESTED = 0x03
+_LINUX_IP_RECVTOS, _LINUX_IP_MTU_DISCOVER = 13, 10  # not in Python's socket module before 3.10 and 3.12
+_IUTF8 = getattr(termios, "IUTF8", 0x4000)  # not in Python's termios module before 3.12; Linux and macOS agree
+_FAMILY_NAMES = {socket.AF_INET: "IPv4", socket.AF_INET6: "IPv6"}
+
+
+def monotonic_ms() -> int:
+    """Return the clock that everything runs by."""
+    return time.monotonic_ns() // 1_000_000
+
+
+def environment_bytes(name: str) -> bytes | None:
+    """Return an environment variable as bytes, None if it is unset."""
+    value = os.environ.get(name)
+    return None if value is None else os.fsencode(value)
+
+
+def write_all(descriptor: int, data: bytes) -> None:
+    """Write everything, waiting where the descriptor does not block. A reader that has gone is no error here."""
+    view = memoryview(data)
+    while view:
+        try:
+            view = view[os.write(descriptor, view) :]
+        except BlockingIOError:
+            with selectors.SelectSelector() as selector:
+                selector.register(descriptor, selectors.EVENT_WRITE)
+                selector.select()
+        except (BrokenPipeError, OSError):
+            return
+
+
+def window_size(descriptor: int) -> tuple[int, int]:
+    """Return (width, height) of a terminal; 80x24 where the system says 0 or nothing."""
+    try:
+        height, width, _, _ = struct.unpack("HHHH", fcntl.ioctl(descriptor, termios.TIOCGWINSZ, bytes(8)))
+    except OSError:
+        return 80, 24
+    return (width, height) if width and height else (80, 24)
+
+
+def disable_core_dumps() -> tuple[int, int] | None:
+    """Make sure that no core file ever holds the key. Returns the old limits, for the child of a server."""
+    import resource  # 1 ms
+
+    try:
+        soft, hard = resource.getrlimit(resource.RLIMIT_CORE)
+        resource.setrlimit(resource.RLIMIT_CORE, (0, hard))
+    except (OSError, ValueError):
+        return None
+    return soft, hard
+
+
+class UdpSocket:
+    """A UDP socket with the options both ends use."""
+
+    def __init__(self, family: int) -> None:
+        self.family = family
+        self._socket = socket.socket(family, socket.SOCK_DGRAM)
+        self._socket.setblocking(False)
+        self._set_option(socket.IPPROTO_IP, socket.IP_TOS, _ECN_CAPABLE)
+        linux = sys.platform.startswith("linux")
+        receive_tos = getattr(socket, "IP_RECVTOS", _LINUX_IP_RECVTOS if linux else None)
+        if receive_tos is not None:
+            self._set_option(socket.IPPROTO_IP, receive_tos, 1)
+        if linux:
+            self._set_option(socket.IPPROTO_IP, _LINUX_IP_MTU_DISCOVER, 0)  # fragment rather than refuse
+
+    def _set_option(self, level: int, option: int, value: int) -> None:
+        with contextlib.suppress(OSError):  # none of them is needed to work
+            self._socket.setsockopt(level, option, value)
+
+    def bind(self, host: str, port: int) -> None:
+        """Bind to a numeric address. An IPv6 wildcard takes IPv4 too. Raises OSError."""
+        if self.family == socket.AF_INET6:
+            self._set_option(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        self._socket.bind((host, port))
+
+    @property
+    def port(self) -> int:
+        """The local port."""
+        return int(self._socket.getsockname()[1])
+
+    def fileno(self) -> int:
+        """The descriptor, for a selector."""
+        return self._socket.fileno()
+
+    def send(self, data: bytes, address: Address) -> None:
+        """Send one datagram. Raises OSError."""
+        self._socket.sendto(data, address)
+
+    def receive(self) -> tuple[bytes, Address, bool] | None:
+        """Return (payload, source, congestion mark) of one datagram, None if there is none."""
+        try:
+            data, ancillary, _flags, source = self._socket.recvmsg(RECEIVE_LIMIT_BYTES + 1, socket.CMSG_SPACE(4))
+        except OSError:  # nothing there, or an ICMP error that a datagram of ours provoked
+            return None
+        congested = False
+        for level, _kind, value in ancillary:
+            if level == socket.IPPROTO_IP and value:
+                congested = value[0] & _ECN_CONGESTED == _ECN_CONGESTED
+        return data, source, congested
+
+    def close(self) -> None:
+        """Close it."""
+        self._socket.close()
+
+
+class Signals:
+    """Turns signals into something a selector can wait for. Restores the old handlers when left."""
+
+    def __init__(self, *numbers: int) -> None:
+        self._reader, self._writer = socket.socketpair()
+        self._reader.setblocking(False)
+        self._writer.setblocking(False)
+        self._old_handlers: dict[int, Any] = {}
+        self._old_wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        for number in numbers:
+            self._old_handlers[number] = signal.signal(number, self._ignore)
+
+    @staticmethod
+    def _ignore(_number: int, _frame: FrameType | None) -> None:
+        """The byte that Python writes to the wakeup descriptor says it all."""
+
+    def fileno(self) -> int:
+        """The descriptor, for a selector."""
+        return self._reader.fileno()
+
+    def take(self) -> set[int]:
+        """Return the signals that came since the last call."""
+        try:
+            return set(self._reader.recv(4096))
+        except BlockingIOError:
+            return set()
+
+    def close(self) -> None:
+        """Restore what was before."""
+        signal.set_wakeup_fd(self._old_wakeup)
+        for number, handler in self._old_handlers.items():
+            signal.signal(number, handler)
+        self._reader.close()
+        self._writer.close()
+
+
+class Waiter:
+    """Waits for any of a changing set of descriptors, up to a deadline."""
+
+    def __init__(self) -> None:
+        self._selector = selectors.SelectSelector()
+
+    def wait(self, readable: Iterable[Any], writable: Iterable[Any], deadline: int | None) -> set[Any]:
+        """Return those of the given objects (or descriptors) that are ready; empty once `deadline` (ms) is reached."""
+        wanted: dict[Any, int] = dict.fromkeys(readable, selectors.EVENT_READ)
+        for item in writable:
+            wanted[item] = wanted.get(item, 0) | selectors.EVENT_WRITE
+        for item, events in wanted.items():
+            self._selector.register(item, events)
+        try:
+            wait_ms = None if deadline is None else max(0, deadline - monotonic_ms())
+            ready = self._selector.select(None if wait_ms is None else wait_ms / 1000)
+            return {key.fileobj for key, _ in ready}
+        finally:
+            for item in wanted:
+                self._selector.unregister(item)
+
+
+def own_program() -> list[str]:
+    """Return the words that start this very file again, be it mosh.py, mosh.pyz or a link to it."""
+    loader = globals().get("__loader__")
+    return [sys.executable, os.path.abspath(getattr(loader, "archive", None) or __file__)]
+
+
+# ======================================================================================================================
+# == 17. Server -- pty, child process, detaching, timeouts
+# ======================================================================================================================
+# The server is started by a login that ends at once, so it prints its port and key, forks, and lives on in a session of
+# its own that no closing connection takes down. It runs the user's shell on a pty, but lets it start only when the
+# client has been heard: until then the window size and, with peers of ours, the capabilities are not known.
+
+PTY_READ_BYTES = 16_384
+PTY_TURN_BYTES = 65_536  # read at most this much of a flood before keys and other events have their turn
+FIRST_CLIENT_MS = 60_000
+EXEC_FAILURE_PAUSE_S = 3  # so that the text can reach the client
+LOCALE_VARIABLES = (
+    *("LANG", "LANGUAGE", "LC_CTYPE", "LC_NUMERIC", "LC_TIME", "LC_COLLATE", "LC_MONETARY", "LC_MESSAGES"),
+    *("LC_PAPER", "LC_NAME", "LC_ADDRESS", "LC_TELEPHONE", "LC_MEASUREMENT", "LC_IDENTIFICATION", "LC_ALL"),
+)
+_COERCED_LOCALES = ("C.UTF-8", "C.utf8", "UTF-8")  # what Python itself puts into LC_CTYPE when nothing is set (PEP 538)
+_MOTD_FILES = (("/run/motd.dynamic", "/var/run/motd.dynamic"), ("/etc/motd",))  # of each group the first that opens
+
+
+class ServerOptions:
+    """What the command line of a server says."""
+
+    def __init__(self) -> None:
+        self.bind_address = ""  # numeric; empty for any
+        self.ports = (FIRST_PORT, LAST_PORT)
+        self.colors = 0
+        self.verbose = 0
+        self.locale: dict[str, str] = {}  # the client's, in case ours is not UTF-8
+        self.command: list[str] = []  # empty: the login shell
+
+
+def bind_server(options: ServerOptions) -> UdpSocket:
+    """Return a socket bound to the first free port, on the address asked for or else on any. Raises BootstrapError."""
+    places = [(socket.AF_INET6, "::"), (socket.AF_INET, "0.0.0.0")]
+    if options.bind_address:
+        family = socket.AF_INET6 if ":" in options.bind_address else socket.AF_INET
+        places.insert(0, (family, options.bind_address))
+    reason: OSError | None = None
+    for family, host in places:
+        for port in range(options.ports[0], options.ports[1] + 1):
+            udp = None
+            try:
+                udp = UdpSocket(family)
+                udp.bind(host, port)
+                return udp
+            except OSError as error:
+                if udp is not None:
+                    udp.close()
+                reason = error
+                if error.errno != errno.EADDRINUSE:
+                    break  # this place is no good whatever the port
+        if host == options.bind_address:
+            print(f"Error binding to IP {host}: {reason}; trying any address", file=sys.stderr)
+    ports = "-".join(map(str, sorted(set(options.ports))))
+    raise BootstrapError(f"no UDP port in {ports} can be bound: {reason}")
+
+
+def use_utf8_locale(environ: MutableMapping[str, str], fallback: dict[str, str]) -> None:
+    """Make the child's locale a UTF-8 one: the native, else the client's, else the nearest there is."""
+    import locale  # 3 ms
+
+    if environ.get("LC_CTYPE") in _COERCED_LOCALES and environ.get("LANG", "C") in ("", "C", "POSIX"):
+        del environ["LC_CTYPE"]  # this Python's own doing, which would keep the client's wish from being asked
+
+    def is_utf8() -> bool:
+        try:
+            locale.setlocale(locale.LC_CTYPE, "")
+        except locale.Error:
+            return False
+        return locale.nl_langinfo(locale.CODESET).lower() in ("utf-8", "utf8")
+
+    if is_utf8():
+        return
+    wanted = fallback.get("LC_ALL") or fallback.get("LC_CTYPE") or fallback.get("LANG") or environ.get("LANG", "")
+    for name in LOCALE_VARIABLES:
+        environ.pop(name, None)
+    environ.update(fallback)
+    if is_utf8():
+        return
+    environ.pop("LC_ALL", None)
+    for name in (wanted.partition(".")[0] + ".UTF-8", "C.UTF-8", "en_US.UTF-8", "UTF-8"):
+        environ["LC_CTYPE"] = name
+        if is_utf8():
+            break
+
+
+def child_environment(environ: MutableMapping[str, str], colors: int) -> dict[str, str]:
+    """Return the environment of the program on the pty."""
+    child = {name: value for name, value in environ.items() if name not in ("STY", "MOSH_KEY")}
+    child["TERM"] = "xterm-256color" if colors == 256 else "xterm"
+    child["NCURSES_NO_UTF8_ACS"] = "1"
+    child.setdefault("HOME", _password_entry_field("pw_dir", "/"))
+    child["PWD"] = child["HOME"]
+    return child
+
+
+def _password_entry_field(name: str, default: str) -> str:
+    import pwd
+
+    try:
+        return str(getattr(pwd.getpwuid(os.getuid()), name)) or default
+    except KeyError:
+        return default
+
+
+class Child:
+    """The program on the pty. It waits until `release`, then execs."""
+
+    def __init__(self, options: ServerOptions, core_limit: tuple[int, int] | None, keep_closed: Sequence[Any]) -> None:
+        import pty  # 1 ms
+
+        gate_reader, self._gate = os.pipe()
+        self.pid, self.fd = pty.fork()
+        if self.pid == 0:
+            try:
+                os.close(self._gate)
+                for item in keep_closed:
+                    os.close(item.fileno())
+                _run_child(options, core_limit, gate_reader)
+            finally:
+                os._exit(1)
+        os.close(gate_reader)
+        os.set_blocking(self.fd, False)
+
+    def release(self) -> None:
+        """Let the program start."""
+        if self._gate >= 0:
+            os.close(self._gate)
+            self._gate = -1
+
+    def set_size(self, width: int, height: int) -> None:
+        """Tell the kernel the window size; the program gets SIGWINCH."""
+        with contextlib.suppress(OSError):
+            fcntl.ioctl(self.fd, termios.TIOCSWINSZ, struct.pack("HHHH", height, width, 0, 0))
+
+    def close(self) -> None:
+        """Hang up: the program's session gets SIGHUP. It is not waited for."""
+        os.close(self.fd)
+        with contextlib.suppress(OSError):
+            os.waitpid(self.pid, os.WNOHANG)
+
+
+def _run_child(options: ServerOptions, core_limit: tuple[int, int] | None, gate: int) -> None:
+    """Become the user's program. Runs in the child; does not return unless it fails."""
+    for number in (signal.SIGHUP, signal.SIGPIPE, signal.SIGINT, signal.SIGTERM, signal.SIGXFSZ):
+        signal.signal(number, signal.SIG_DFL)
+    modes = termios.tcgetattr(0)
+    modes[0] |= _IUTF8
+    termios.tcsetattr(0, termios.TCSANOW, modes)
+    os.read(gate, 1)  # end of file: the server has let go of its end
+    os.close(gate)
+    if core_limit is not None:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_CORE, core_limit)
+    environ = child_environment(os.environ, options.colors)
+    try:
+        os.chdir(environ["HOME"])
+    except OSError as error:
+        print(f"mosh-server: chdir to {environ['HOME']}: {error.strerror}", flush=True)
+    command = options.command
+    program = command[0] if command else ""
+    if not command:
+        program = environ.get("SHELL") or _password_entry_field("pw_shell", "/bin/sh")
+        command = ["-" + os.path.basename(program)]
+        if not os.path.exists(os.path.join(environ["HOME"], ".hushlogin")):
+            _print_motd()
+    try:
+        os.execvpe(program, command, environ)
+    except OSError as error:
+        print(f"mosh-server: execvp: {program}: {error.strerror}", flush=True)
+        time.sleep(EXEC_FAILURE_PAUSE_S)
+
+
+def _print_motd() -> None:
+    for group in _MOTD_FILES:
+        for path in group:
+            try:
+                with open(path, "rb") as file:
+                    write_all(1, file.read())
+                break
+            except OSError:
+                continue
+
+
+def _seconds_from_environment(name: str) -> int:
+    """Return a timeout variable in seconds, 0 if it is unset or no good, which is said."""
+    text = os.environ.get(name, "")
+    try:
+        seconds = int(text) if text else 0
+    except ValueError:
+        print(f"{name} not a valid integer, ignoring", file=sys.stderr)
+        return 0
+    if seconds < 0:
+        print(f"{name} is negative, ignoring", file=sys.stderr)
+    return max(0, seconds)
+
+
+class Server:
+    """The loop that joins a ServerCore with its pty and its socket."""
+
+    def __init__(self, core: ServerCore, udp: UdpSocket, child: Child, now: int, log: Callable[[str], None]) -> None:
+        self._core = core
+        self._udp = udp
+        self._child = child
+        self._log = log
+        self._signals = Signals(signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+        self._started_at = now
+        self._network_timeout_ms = 1000 * _seconds_from_environment("MOSH_SERVER_NETWORK_TMOUT")
+        self._signal_timeout_ms = 1000 * _seconds_from_environment("MOSH_SERVER_SIGNAL_TMOUT")
+        self._pty_open = True
+        self._running = True
+        self._size = core.size
+        self._peer: Address | None = None
+
+    def run(self) -> None:
+        """Serve until the program or the client ends."""
+        waiter = Waiter()
+        core, fd = self._core, self._child.fd
+        while self._running and core.phase is not Phase.CLOSED:
+            watch_pty = self._pty_open and core.phase is not Phase.CLOSING
+            readable = [self._udp, self._signals] + [fd] * watch_pty
+            writable = [fd] * (watch_pty and len(core.host_input) > 0)
+            ready = waiter.wait(readable, writable, self._deadline())
+            now = monotonic_ms()
+            if self._udp in ready:
+                self._receive(now)
+            if fd in ready:
+                self._read_pty(now)
+            self._feed_pty(now)
+            self._check_timeouts(now)
+            self._check_signals(now)
+            self._send(now)
+        self._child.close()
+        self._log("[mosh-server is exiting.]")
+
+    def _deadline(self) -> int | None:
+        deadlines = [self._core.next_timeout()]
+        if self._core.phase is Phase.CONNECTING:
+            deadlines.append(self._started_at + FIRST_CLIENT_MS)
+        if self._network_timeout_ms:
+            deadlines.append(self._core.client_heard_at + self._network_timeout_ms)
+        return min((deadline for deadline in deadlines if deadline is not None), default=None)
+
+    # -- network
+
+    def _receive(self, now: int) -> None:
+        for _ in range(DATAGRAMS_PER_TURN):
+            received = self._udp.receive()
+            if received is None:
+                break
+            data, source, congested = received
+            try:
+                self._core.receive_datagram(data, source, now, congested)
+            except PacketError as error:
+                self._log(f"dropped a datagram of {len(data)} bytes: {error}")
+        if self._core.peer is not None and self._core.peer != self._peer:
+            self._peer = self._core.peer
+            self._log(f"Server now attached to client at {self._peer[0]}:{self._peer[1]}")
+        if self._core.size != self._size:
+            self._size = self._core.size
+            self._child.set_size(*self._size)
+        if self._core.phase is not Phase.CONNECTING:
+            self._child.release()
+
+    def _send(self, now: int) -> None:
+        for datagram in self._core.datagrams_to_send(now):
+            try:
+                self._udp.send(datagram, self._core.peer)
+            except OSError as error:
+                if error.errno == errno.EMSGSIZE:
+                    self._core.transport.datagrams.shrink_mtu()
+                self._log(f"sendto: {error.strerror}")
+        if self._core.datagrams_sent(now):
+            self._peer = None
+            self._log("Server now detached from client.")
+
+    # -- pty
+
+    def _read_pty(self, now: int) -> None:
+        chunks: list[bytes] = []
+        size = 0
+        while size < PTY_TURN_BYTES:
+            try:
+                chunk = os.read(self._child.fd, PTY_READ_BYTES)
+            except BlockingIOError:
+                break
+            except OSError:  # EIO: the program has gone
+                chunk = b""
+            if not chunk:
+                self._pty_open = False
+                break
+            chunks.append(chunk)
+            size += len(chunk)
+        if chunks:
+            self._core.receive_host_output(b"".join(chunks), now)
+        if not self._pty_open:
+            self._core.start_shutdown(now)
+
+    def _feed_pty(self, now: int) -> None:
+        waiting = self._core.host_input
+        if not waiting or not self._pty_open:
+            return
+        try:
+            del waiting[: os.write(self._child.fd, waiting[:PTY_READ_BYTES])]
+        except BlockingIOError:
+            return
+        except OSError:
+            self._pty_open = False
+            self._core.start_shutdown(now)
+
+    # -- end
+
+    def _check_timeouts(self, now: int) -> None:
+        idle_ms = now - self._core.client_heard_at
+        if self._network_timeout_ms and idle_ms >= self._network_timeout_ms:
+            self._log(f"Network idle for {idle_ms // 1000} seconds.")
+            self._stop(now)
+        if self._core.phase is Phase.CONNECTING and now - self._started_at >= FIRST_CLIENT_MS:
+            self._log("No connection within 60 seconds.")
+            self._running = False
+
+    def _check_signals(self, now: int) -> None:
+        arrived = self._signals.take()
+        idle_ms = now - self._core.client_heard_at
+        if signal.SIGUSR1 in arrived and idle_ms >= self._signal_timeout_ms:
+            self._log(f"Network idle for {idle_ms // 1000} seconds when SIGUSR1 received")
+            self._stop(now)
+        elif arrived & {signal.SIGTERM, signal.SIGINT}:
+            self._stop(now)
+
+    def _stop(self, now: int) -> None:
+        if self._core.peer is not None and self._core.phase is Phase.CONNECTED:
+            self._core.start_shutdown(now)
+        else:
+            self._running = False
+
+
+def serve(options: ServerOptions) -> int:
+    """Announce a session, detach, and serve it. Returns the exit status of the process that was started."""
+    core_limit = disable_core_dumps()
+    make_cipher = choose_cipher(os.environ.get("MOSH_CRYPTO", ""))
+    use_utf8_locale(os.environ, options.locale)
+    udp = bind_server(options)
+    key = Key(os.urandom(KEY_BYTES))
+    if os.isatty(0):
+        write_all(1, b"\r\n\n")  # what was typed ahead has been echoed, and must not share our line
+    width, height = window_size(0)
+    sys.stdout.write(f"MOSH CONNECT {udp.port} {key.to_text()}\n")
+    sys.stdout.flush()
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    pid = os.fork()
+    if pid:
+        print(f"\nmosh-server (mosh.py {__version__})\n\n[mosh-server detached, pid = {pid}]", file=sys.stderr)
+        return 0
+    _detach(keep_output=options.verbose > 0)
+    child = Child(options, core_limit, [udp])
+    now = monotonic_ms()
+    channel = Channel(make_cipher(key.raw), TO_CLIENT)
+    del key
+    mtu_bytes = MTU_BYTES[_FAMILY_NAMES[socket.AddressFamily(udp.family)]]
+    core = ServerCore(channel, now, width=width, height=height, random_bytes=os.urandom, mtu_bytes=mtu_bytes)
+    Server(core, udp, child, now, _logger(options.verbose)).run()
+    return 0
+
+
+def _detach(keep_output: bool) -> None:
+    """Leave the session of the login, and its descriptors unless the user wants to see the log."""
+    os.setsid()
+    if keep_output:
+        return
+    null = os.open(os.devnull, os.O_RDWR)
+    for descriptor in (0, 1, 2):
+        os.dup2(null, descriptor)
+    os.close(null)
+
+
+def _logger(verbose: int) -> Callable[[str], None]:
+    if not verbose:
+        return lambda _text: None
+    return lambda text: print(f"[{monotonic_ms() % 100_000}] {text}", file=sys.stderr, flush=True)
+
+
+# ======================================================================================================================
+# == 18. Client -- raw mode, suspend and resume, drawing
+# ======================================================================================================================
+# The client owns the user's terminal and gives it back whatever happens: on exit, on an error, on suspend. What the
+# terminal can do comes from terminfo; nearly all sequences are plain ECMA-48, which every terminal in use understands.
+
+KEYBOARD_READ_BYTES = 16_384
+_CLOSE_SEQUENCES = b"\x1b[?1l\x1b[0m\x1b[?25h" + b"".join(
+    b"\x1b[?%dl" % mode for mode in (1003, 1002, 1001, 1000, 9, 1015, 1006, 1005, 1004, 2004)
+)
+_TITLE_TERMINALS = ("xterm", "rxvt", "kterm", "Eterm", "alacritty", "screen", "tmux")
+_KNOWN_TERMINALS = (*_TITLE_TERMINALS, "vt", "linux", "foot", "konsole", "gnome", "st", "wezterm", "ghostty")
+
+
+class Terminfo:
+    """What the user's terminal can do."""
+
+    def __init__(self, term: str) -> None:
+        """Look `term` up. Raises BootstrapError if there is no telling what it is."""
+        self.open, self.close = b"\x1b[?1049h", b"\x1b[?1049l"
+        self.ech = self.bce = False
+        self.colors = 256 if "256color" in term else 8
+        self.title = term.startswith(_TITLE_TERMINALS)
+        try:
+            import curses  # 3 ms
+
+            curses.setupterm(term or "unset", 1)
+        except ImportError:
+            return  # a Python without curses: the plainest capabilities do
+        except curses.error:
+            if term.startswith(_KNOWN_TERMINALS):
+                return  # only its terminfo entry is missing here
+            name = f'"{term}"' if term else "unset"
+            raise BootstrapError(
+                f"the terminal type TERM is {name}, which this system does not know; try TERM=xterm-256color"
+            ) from None
+        self.open = curses.tigetstr("smcup") or b""
+        self.close = curses.tigetstr("rmcup") or b""
+        self.ech = curses.tigetstr("ech") is not None
+        self.bce = curses.tigetflag("bce") > 0
+        self.colors = curses.tigetnum("colors")
+
+
+class RawTerminal:
+    """The user's terminal in raw mode, between `enter` and `leave`; a context manager that always leaves."""
+
+    def __init__(self, terminfo: Terminfo, init: bool = True) -> None:
+        """`init` False: without the alternate screen. Raises BootstrapError if stdin is no terminal."""
+        try:
+            self._saved = termios.tcgetattr(0)
+        except termios.error:
+            raise BootstrapError("standard input is not a terminal; mosh needs one to run in") from None
+        self._open = (terminfo.open if init else b"") + b"\x1b[?1h"
+        self._close = _CLOSE_SEQUENCES + (terminfo.close if init else b"")
+        self._entered = False
+
+    def __enter__(self) -> RawTerminal:
+        self.enter()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.leave()
+
+    def enter(self) -> None:
+        """Take the terminal."""
+        modes = termios.tcgetattr(0)
+        modes[0] &= ~(
+            termios.IGNBRK | termios.BRKINT | termios.PARMRK | termios.ISTRIP
+            | termios.INLCR | termios.IGNCR | termios.ICRNL | termios.IXON
+        )  # fmt: skip
+        modes[0] |= _IUTF8
+        modes[1] &= ~termios.OPOST
+        modes[2] = modes[2] & ~(termios.CSIZE | termios.PARENB) | termios.CS8
+        modes[3] &= ~(termios.ECHO | termios.ECHONL | termios.ICANON | termios.ISIG | termios.IEXTEN)
+        modes[6][termios.VMIN], modes[6][termios.VTIME] = 1, 0
+        self._entered = True
+        with contextlib.suppress(termios.error):
+            termios.tcsetattr(0, termios.TCSANOW, modes)
+        write_all(1, self._open)
+
+    def leave(self) -> None:
+        """Give it back as it was."""
+        if not self._entered:
+            return
+        self._entered = False
+        write_all(1, self._close)
+        with contextlib.suppress(termios.error):  # it may be gone
+            termios.tcsetattr(0, termios.TCSANOW, self._saved)
+
+
+class ClientOptions:
+    """What a client needs to know beside key and address."""
+
+    def __init__(self) -> None:
+        self.mode = PredictionMode.ADAPTIVE
+        self.overwrite = False
+        self.init = True  # switch to the alternate screen
+        self.verbose = 0
+
+
+class Candidate:
+    """An address the server may have."""
+
+    __slots__ = ("family", "sockaddr")
+
+    def __init__(self, family: int, sockaddr: Address) -> None:
+        self.family = family
+        self.sockaddr = sockaddr
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Candidate) and (self.family, self.sockaddr) == (other.family, other.sockaddr)
+
+    def __hash__(self) -> int:
+        return hash((self.family, self.sockaddr))
+
+    def __str__(self) -> str:
+        return str(self.sockaddr[0])
+
+
+class ClientSockets:
+    """The client's sockets: per address family the one to send from, and older ones that may still hear."""
+
+    def __init__(self) -> None:
+        self.all: list[UdpSocket] = []  # oldest first
+
+    def send(self, data: bytes, candidate: Candidate) -> None:
+        """Send from the newest socket of the right family. Raises OSError."""
+        self._newest(candidate.family).send(data, candidate.sockaddr)
+
+    def _newest(self, family: int) -> UdpSocket:
+        for udp in reversed(self.all):
+            if udp.family == family:
+                return udp
+        return self.open(family)
+
+    def open(self, family: int) -> UdpSocket:
+        """Open another socket, that is, another local port. Raises OSError."""
+        udp = UdpSocket(family)
+        self.all.append(udp)
+        while len(self.all) > MAX_PORTS:
+            self.all.pop(0).close()
+        return udp
+
+    def close_old(self) -> None:
+        """Close all but the newest of each family."""
+        newest = {udp.family: udp for udp in self.all}
+        for udp in self.all:
+            if newest[udp.family] is not udp:
+                udp.close()
+        self.all = [udp for udp in self.all if newest[udp.family] is udp]
+
+    def close(self) -> None:
+        """Close everything."""
+        for udp in self.all:
+            udp.close()
+        self.all = []
+
+
+class Client:
+    """The loop that joins a ClientCore with the user's terminal and the network."""
+
+    def __init__(self, core: ClientCore, terminal: RawTerminal) -> None:
+        self._core = core
+        self._terminal = terminal
+        self._sockets = ClientSockets()
+        self._signals = Signals(
+            signal.SIGWINCH, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGPIPE, signal.SIGCONT
+        )
+        self._stdin_open = True
+
+    def run(self) -> None:
+        """Run until the session has ended; the terminal is raw meanwhile."""
+        waiter = Waiter()
+        core = self._core
+        try:
+            while core.phase is not Phase.CLOSED:
+                self._draw()
+                self._send(monotonic_ms())
+                readable = [*self._sockets.all, self._signals] + [0] * self._stdin_open
+                ready = waiter.wait(readable, (), core.next_timeout())
+                now = monotonic_ms()
+                for udp in self._sockets.all:
+                    if udp in ready:
+                        self._receive(udp, now)
+                if core.transport.datagrams.may_close_old_ports(now):
+                    self._sockets.close_old()
+                if 0 in ready:
+                    self._read_keys(now)
+                self._check_signals(now)
+            write_all(1, core.last_frame(monotonic_ms()))
+        finally:
+            self._sockets.close()
+            self._signals.close()
+
+    def _draw(self) -> None:
+        frame = self._core.frame_to_draw(monotonic_ms())
+        if frame:
+            write_all(1, frame)
+
+    # -- network
+
+    def _receive(self, udp: UdpSocket, now: int) -> None:
+        for _ in range(DATAGRAMS_PER_TURN):
+            received = udp.receive()
+            if received is None:
+                return
+            data, source, congested = received
+            with contextlib.suppress(PacketError):  # the core has counted it
+                self._core.receive_datagram(data, Candidate(udp.family, source), now, congested)
+
+    def _send(self, now: int) -> None:
+        core = self._core
+        datagrams = core.datagrams_to_send(now)
+        if not datagrams:
+            return
+        failure: OSError | None = None
+        reached = False
+        for candidate in core.peers:
+            try:
+                for datagram in datagrams:
+                    self._sockets.send(datagram, candidate)
+                reached = True
+            except OSError as error:
+                failure = error
+                if error.errno == errno.EMSGSIZE:
+                    core.transport.datagrams.shrink_mtu()
+        if failure is not None and not reached:
+            core.bar.set_network_error(f"sendto: {failure.strerror}", now)
+        else:
+            core.bar.network_works(now)
+        if core.transport.datagrams.wants_new_port(now):
+            core.transport.datagrams.port_chosen(now)
+            with contextlib.suppress(OSError):
+                for family in {candidate.family for candidate in core.peers}:
+                    self._sockets.open(family)
+
+    # -- user
+
+    def _read_keys(self, now: int) -> None:
+        try:
+            keys = os.read(0, KEYBOARD_READ_BYTES)
+        except OSError:
+            keys = b""
+        if not keys:
+            self._stdin_open = False
+            self._core.start_shutdown("Exiting...", now)
+            return
+        self._core.receive_keys(keys, now)
+        if self._core.suspend_requested:
+            self._core.suspend_requested = False
+            self._suspend()
+
+    def _suspend(self) -> None:
+        self._terminal.leave()
+        write_all(1, b"\n\x1b[37;44m[mosh is suspended.]\x1b[m\n")
+        os.kill(0, signal.SIGSTOP)  # the whole job, so that the shell notices
+        self._resume(monotonic_ms())
+
+    def _resume(self, now: int) -> None:
+        self._terminal.enter()
+        self._core.repaint()
+        self._core.resize(*window_size(0), now)
+
+    def _check_signals(self, now: int) -> None:
+        arrived = self._signals.take()
+        if signal.SIGCONT in arrived:
+            self._resume(now)
+        elif signal.SIGWINCH in arrived:
+            self._core.resize(*window_size(0), now)
+        if arrived & {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGPIPE}:
+            self._core.start_shutdown("Signal received, shutting down...", now)
+
+
+def run_client(key_text: str, candidates: Sequence[Candidate], port: int, options: ClientOptions) -> int:
+    """Run a session in this terminal. Returns the exit status: 0 if both ends agreed that it is over."""
+    disable_core_dumps()
+    terminal = RawTerminal(Terminfo(os.environ.get("TERM", "")), options.init)
+    core = _make_client_core(key_text, candidates, port, options)
+    with terminal:
+        Client(core, terminal).run()
+    if core.is_connecting:
+        tried = " or ".join(dict.fromkeys(map(str, candidates)))
+        print(_NO_ANSWER.format(address=tried, port=port), file=sys.stderr)
+    elif not core.transport.clean:
+        print(_UNCLEAN, file=sys.stderr)
+    print("[mosh is exiting.]", flush=True)
+    return 0 if core.transport.clean and not core.is_connecting else 1
+
+
+_NO_ANSWER = """
+mosh: nothing was heard from {address} on UDP port {port}. The login worked, so the usual causes are:
+  1. A firewall before or on the server drops UDP. Open ports 60000-61000, or choose one that is open: -p PORT.
+  2. The network you are on lets no UDP out. Try another one.
+  3. The server is behind a router or jump host, and only ssh's port is passed on to it. Forward the UDP port too."""
+_UNCLEAN = """
+
+mosh did not shut down cleanly. Please note that the
+mosh-server process may still be running on the server."""
+
+
+def _make_client_core(key_text: str, candidates: Sequence[Candidate], port: int, options: ClientOptions) -> ClientCore:
+    terminfo = Terminfo(os.environ.get("TERM", ""))
+    channel = Channel(choose_cipher(os.environ.get("MOSH_CRYPTO", ""))(Key.from_text(key_text).raw), TO_SERVER)
+    width, height = window_size(0)
+    return ClientCore(
+        channel,
+        monotonic_ms(),
+        width=width,
+        height=height,
+        peers=candidates,
+        port=port,
+        random_bytes=os.urandom,
+        mode=options.mode,
+        overwrite=options.overwrite,
+        escape_key=EscapeKey(environment_bytes("MOSH_ESCAPE_KEY")),
+        title_prefix="" if "MOSH_TITLE_NOPREFIX" in os.environ else TITLE_PREFIX,
+        display=Display(ech=terminfo.ech, bce=terminfo.bce, title=terminfo.title, hide_cursor=True),
+        mtu_bytes=min(MTU_BYTES[_FAMILY_NAMES[socket.AddressFamily(candidate.family)]] for candidate in candidates),
+    )
+
+
+# ======================================================================================================================
+# == 19. Bootstrap -- ssh command, remote start, MOSH CONNECT line, addresses
+# ======================================================================================================================
+# One `ssh`, without a tty and with stdin closed, runs one command on the host: it reports the address the login came
+# in on, starts the server, and ends. ssh still asks for passwords, on the terminal. Lines that are ours begin with
+# MOSH; everything else the host prints is for the user. The user's ssh configuration is honoured in full, since
+# nothing in it is overridden: for the address we ask `ssh -G` what the name means, and the server side what it saw.
+
+SERVER_NOT_FOUND = 127
+REMOTE_IP_MODES = ("auto", "local", "remote", "proxy")
+FAMILIES = ("inet", "inet6", "auto", "all", "prefer-inet", "prefer-inet6")
+_FAMILY_NUMBERS = {"inet": socket.AF_INET, "inet6": socket.AF_INET6}
+_SSH_ADDRESS_WAIT_S = 10
+_PROXY_CHUNK_BYTES = 4096
+
+_REPORT_ADDRESS = r"""[ -n "$SSH_CONNECTION" ] && printf "\nMOSH SSH_CONNECTION %s\n" "$SSH_CONNECTION" """
+
+# What to start on a host when the user does not say. One line for `sh`, without anything that a login shell of another
+# kind (csh, fish) would take for its own inside single quotes.
+_FIND_SERVER = (
+    _REPORT_ADDRESS + r"; "
+    r'PATH="$PATH:$HOME/.local/bin:/usr/local/bin:/opt/homebrew/bin:/snap/bin"; '
+    r'for f in "$HOME/mosh.pyz" "$HOME/.local/bin/mosh.pyz" "$(command -v mosh.pyz)"; do '
+    r'if [ -f "$f" ] && python3 -c "import sys; sys.exit(sys.version_info < (3, 9))" 2>/dev/null; then '
+    r'printf "MOSH SERVER python3 %s\n" "$f"; exec python3 "$f" server "$@"; fi; done; '
+    r'if command -v mosh-server >/dev/null 2>&1; then '
+    r'printf "MOSH SERVER %s\n" "$(command -v mosh-server)"; exec mosh-server "$@"; fi; '
+    r'printf "MOSH NOSERVER\n"; exit 127'
+)
+_NO_SERVER = """no server found on {host}. Looked for mosh.pyz in the home folder, ~/.local/bin and PATH,
+with a python3 of at least 3.9 to run it, then for mosh-server. To fix it, do one of these:
+  copy this program there:      scp {program} {host}:mosh.pyz
+  install the package mosh there
+  say where the server is:      --server='python3 /path/to/mosh.pyz server'"""
+
+
+class LoginOptions:
+    """What the wrapper's command line says about getting there."""
+
+    def __init__(self) -> None:
+        self.host = ""  # [user@]host
+        self.command: list[str] = []  # to run instead of the login shell
+        self.ssh = ["ssh"]
+        self.ssh_pty = False
+        self.server = ""  # shell text; empty to search
+        self.family = "prefer-inet"
+        self.ports = ""  # PORT or LOW:HIGH, empty for the default
+        self.bind_server = "ssh"
+        self.local = False
+        self.remote_ip = "auto"
+        self.verbose = 0
+
+
+def shell_quote(word: str) -> str:
+    """Return `word` as one word for any shell."""
+    return "'" + word.replace("'", "'\\''") + "'"
+
+
+def server_arguments(options: LoginOptions, colors: int, environ: MutableMapping[str, str]) -> list[str]:
+    """Return the words behind the name of the server, the same for ours and for stock's."""
+    words = ["new", "-c", str(max(colors, 0))]
+    if options.bind_server.lower() == "ssh":
+        words += ["-i", options.host] if options.local else ["-s"]
+    elif options.bind_server.lower() != "any":
+        words += ["-i", options.bind_server]
+    if options.ports:
+        words += ["-p", options.ports]
+    for name in LOCALE_VARIABLES:
+        if environ.get(name):
+            words += ["-l", f"{name}={environ[name]}"]
+    return words + (["--", *options.command] if options.command else [])
+
+
+def remote_command(options: LoginOptions, arguments: Sequence[str]) -> str:
+    """Return the command line for the host's login shell, whichever that is."""
+    quoted = " ".join(map(shell_quote, arguments))
+    if options.server:
+        return f"sh -c {shell_quote(_REPORT_ADDRESS)} ; {options.server} {quoted}"
+    return f"exec sh -c {shell_quote(_FIND_SERVER)} mosh {quoted}"
+
+
+class Announcement:
+    """What the lines of a starting server say."""
+
+    _CONNECT = re.compile(r"MOSH CONNECT (\d{1,5}) ([A-Za-z0-9/+]{22})\s*$", re.ASCII)
+    _CONNECTION = re.compile(r"MOSH SSH_CONNECTION (\S+) (\S+) (\S+) (\S+)\s*$")
+    _ADDRESS = re.compile(r"MOSH IP (\S+)\s*$")
+    _SERVER = re.compile(r"MOSH SERVER (.*?)\s*$")
+    _NONE = re.compile(r"MOSH NOSERVER\s*$")
+
+    def __init__(self) -> None:
+        self.port = 0
+        self.key = ""
+        self.address = ""  # the server's side of the ssh connection, or what the proxy connected to
+        self.server = ""  # what was started, where we searched
+        self.not_found = False
+
+    @property
+    def complete(self) -> bool:
+        """Whether port and key are known."""
+        return bool(self.key)
+
+    def take(self, line: str) -> bool:
+        """Take note of one line. Returns whether it was ours. Raises BootstrapError if it is ours and malformed."""
+        if not line.startswith("MOSH "):
+            return False
+        if match := self._CONNECT.match(line):
+            self.port, self.key = int(match[1]), match[2]
+        elif match := self._CONNECTION.match(line):
+            self.address = self.address or match[3]
+        elif match := self._ADDRESS.match(line):
+            self.address = match[1]
+        elif match := self._SERVER.match(line):
+            self.server = match[1]
+        elif self._NONE.match(line):
+            self.not_found = True
+        elif line.startswith("MOSH CONNECT "):  # security: it may hold a key, so it is not shown
+            raise BootstrapError("the server's MOSH CONNECT line is malformed")
+        else:
+            return False
+        return True
+
+
+def resolve(host: str, port: int, family: str) -> list[Candidate]:
+    """Return the addresses of `host`, the preferred family first. Raises BootstrapError, with the system's reason."""
+    wanted = _FAMILY_NUMBERS.get(family, socket.AF_UNSPEC)
+    try:
+        found = socket.getaddrinfo(host, port, wanted, socket.SOCK_DGRAM)
+    except (socket.gaierror, UnicodeError) as error:
+        reason = error.strerror if isinstance(error, socket.gaierror) else "not a valid name"
+        raise BootstrapError(f"could not resolve {host}: {reason}") from None
+    unique = dict.fromkeys(Candidate(entry[0], entry[4]) for entry in found if entry[0] in _FAMILY_NAMES)
+    first = _FAMILY_NUMBERS.get(family.replace("prefer-", ""), 0)
+    return sorted(unique, key=lambda candidate: candidate.family != first)
+
+
+class Login:
+    """Starts a server, over ssh or on this machine, and finds out where it can be reached."""
+
+    def __init__(self, options: LoginOptions, colors: int) -> None:
+        self._options = options
+        self._arguments = server_arguments(options, colors, os.environ)
+        self.announcement = Announcement()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._lookup: subprocess.Popen[bytes] | None = None
+
+    def run(self) -> tuple[str, int, list[Candidate]]:
+        """Return (printable key, port, candidates). Raises BootstrapError."""
+        import subprocess  # 7 ms
+
+        options = self._options
+        environ = {name: value for name, value in os.environ.items() if name != "MOSH_PREDICTION_DISPLAY"}
+        directory = None
+        if options.local:
+            command = self._local_command()
+            environ.pop("SSH_CONNECTION", None)
+            directory = environ.get("HOME")
+            self.announcement.address = options.host
+        else:
+            command = self._ssh_command()
+        null, pipe = subprocess.DEVNULL, subprocess.PIPE
+        try:
+            if not options.local and options.remote_ip == "auto":
+                lookup = [*options.ssh, "-G", options.host]
+                self._lookup = subprocess.Popen(lookup, stdin=null, stdout=pipe, stderr=null)
+            self._process = subprocess.Popen(
+                command, stdin=null, stdout=pipe, stderr=subprocess.STDOUT, env=environ, cwd=directory
+            )
+        except OSError as error:
+            raise BootstrapError(f"cannot run {command[0]}: {error.strerror}", SERVER_NOT_FOUND) from None
+        self._read_announcement()
+        return self.announcement.key, self.announcement.port, self._candidates()
+
+    def _local_command(self) -> list[str]:
+        if self._options.server:
+            return ["/bin/sh", "-c", f"{self._options.server} {' '.join(map(shell_quote, self._arguments))}"]
+        return [*own_program(), "server", *self._arguments]
+
+    def _ssh_command(self) -> list[str]:
+        options = self._options
+        host = options.host
+        extra: list[str] = []
+        if options.ssh_pty:
+            extra.append("-tt")
+        if options.family in _FAMILY_NUMBERS:
+            extra.append("-4" if options.family == "inet" else "-6")
+        if options.remote_ip == "proxy":
+            proxy = " ".join(map(shell_quote, [*own_program(), f"--family={options.family}", "--fake-proxy", "--"]))
+            extra += ["-S", "none", "-o", f"ProxyCommand={proxy} %h %p"]
+        elif options.remote_ip == "local":
+            user, at, name = host.rpartition("@")
+            address = resolve(name, 22, options.family)[0]
+            self.announcement.address = str(address)
+            host = user + at + str(address)
+        return [*options.ssh, "-n", *extra, host, "--", remote_command(options, self._arguments)]
+
+    # -- what the far side says
+
+    def _read_announcement(self) -> None:
+        assert self._process is not None and self._process.stdout is not None
+        announcement = self.announcement
+        pending = b""
+        while not announcement.complete:
+            chunk = os.read(self._process.stdout.fileno(), 4096)
+            *lines, pending = (pending + chunk).split(b"\n")
+            if not chunk:
+                lines.append(pending)
+            for line in lines:
+                self._take_line(line)
+            if not chunk:
+                break
+            if len(pending) > INSTRUCTION_LIMIT_BYTES:
+                raise BootstrapError("the host prints without end and without a line of ours")
+        if not announcement.complete:
+            self._explain(self._process.wait())
+        if self._options.verbose and announcement.server:
+            print(f"mosh: started {announcement.server}", file=sys.stderr)
+
+    def _take_line(self, line: bytes) -> None:
+        text = line.decode("utf-8", "replace")
+        if not self.announcement.complete and not self.announcement.take(text) and text.strip():
+            print(text.rstrip("\r"), file=sys.stderr)
+
+    def _explain(self, status: int) -> None:
+        """Say why there is no session. Always raises BootstrapError."""
+        host = self._options.host
+        if self.announcement.not_found:
+            program = os.path.basename(own_program()[-1])
+            raise BootstrapError(_NO_SERVER.format(host=host, program=program), SERVER_NOT_FOUND)
+        if self._options.local:
+            raise BootstrapError(f"the server on this machine did not start (exit status {status})", status or 1)
+        if status == 255:  # what ssh ends with when it was ssh that failed
+            raise BootstrapError(f"ssh could not log in to {host}; its own words are above", status)
+        if status in (126, 127) and self._options.server:
+            raise BootstrapError(f"{host} cannot run {self._options.server!r}: see --server", SERVER_NOT_FOUND)
+        raise BootstrapError(f"the login to {host} worked, but no server announced itself there", status or 1)
+
+    # -- where to send
+
+    def _candidates(self) -> list[Candidate]:
+        """Return every address the server may have, the likeliest first."""
+        names = [self.announcement.address] if self.announcement.address else []
+        if self._lookup is not None:
+            names.append(self._looked_up_name())
+        candidates: dict[Candidate, None] = {}
+        reasons: list[str] = []
+        for name in filter(None, names):
+            try:
+                candidates.update(dict.fromkeys(resolve(name, self.announcement.port, self._options.family)))
+            except BootstrapError as error:
+                reasons.append(str(error))
+        if not candidates:
+            raise BootstrapError("; ".join(reasons) or f"no address found for {self._options.host}")
+        return list(candidates)
+
+    def _looked_up_name(self) -> str:
+        """Return the host name that ssh's configuration gives."""
+        import subprocess
+
+        assert self._lookup is not None
+        try:
+            output, _ = self._lookup.communicate(timeout=_SSH_ADDRESS_WAIT_S)
+        except subprocess.TimeoutExpired:
+            self._lookup.kill()
+            return ""
+        for line in output.decode("utf-8", "replace").splitlines():
+            word, _, value = line.partition(" ")
+            if word.lower() == "hostname":
+                return value.strip()
+        return self._options.host.rpartition("@")[2]
+
+    def close(self) -> None:
+        """Let go of the processes; ssh has ended long ago unless something is wrong with it."""
+        for process in (self._process, self._lookup):
+            if process is not None:
+                if process.poll() is None:
+                    process.terminate()
+                process.wait()
+                if process.stdout is not None:
+                    process.stdout.close()
+
+
+def fake_proxy(host: str, port: int, family: str) -> int:
+    """Be ssh's ProxyCommand: connect, say where to on stderr, and relay until both sides have finished."""
+    reason = ""
+    connection = None
+    for candidate in resolve(host, port, family):
+        try:
+            connection = socket.create_connection(candidate.sockaddr[:2])
+            break
+        except OSError as error:
+            reason = f", last tried {candidate}: {error.strerror}"
+    if connection is None:
+        raise BootstrapError(f"Could not connect to {host}{reason}")
+    print(f"MOSH IP {connection.getpeername()[0]}", file=sys.stderr, flush=True)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    waiter = Waiter()
+    sources = {0, connection.fileno()}
+    while connection.fileno() in sources:
+        for source in waiter.wait(sources, (), None):
+            data = os.read(source, _PROXY_CHUNK_BYTES)
+            if source == 0 and not data:
+                connection.shutdown(socket.SHUT_WR)
+            elif source == 0:
+                connection.sendall(data)
+            else:
+                write_all(1, data)
+            if not data:
+                sources.discard(source)
+    return 0
+
+
+# ======================================================================================================================
+# == 20. Command line -- options, messages, exit codes, main
+# ======================================================================================================================
+# Three programs in one file: the wrapper, the server and the client. The last two take the arguments of their stock
+# namesakes, so that stock's wrapper can start them, also under a link of their name. Exit codes: that of the session;
+# 2 for a wrong command line; 127 if the host has no server; 1 or ssh's own for what else goes wrong on the way.
+
+USAGE_ERROR = 2
+_USAGE_HINT = "Try 'mosh.pyz --help'."
+_VERSION_TEXT = f"mosh.py {__version__} (speaks the protocol of mosh 1.4.0)"
+_SERVER_USAGE = """usage: {program} new [-s] [-v] [-i ADDRESS] [-p PORT[:PORT2]] [-c COLORS] [-l NAME=VALUE]
+       [-- COMMAND...]"""
+_CLIENT_USAGE = "usage: {program} [-v] IP PORT    (the key is in the environment as MOSH_KEY)\n       {program} -c"
+
+
+def parse_ports(text: str) -> tuple[int, int]:
+    """Parse PORT or LOW:HIGH. Raises UsageError."""
+    match = re.fullmatch(r"(\d{1,9})(?::(\d{1,9}))?", text, re.ASCII)
+    if not match:
+        raise UsageError(f"Server-side port or range ({text}) is not valid.")
+    low = int(match[1])
+    high = low if match[2] is None else int(match[2])
+    if low > 65535:
+        raise UsageError(f"Server-side (low) port ({low}) must be within valid range [0..65535].")
+    if match[2] is not None and not 0 < high <= 65535:
+        raise UsageError(f"Server-side high port ({high}) must be within valid range [1..65535].")
+    if match[2] is not None and low == 0:
+        raise UsageError(f"Server-side port ranges may not be used with starting port 0 ({text}).")
+    if low > high:
+        raise UsageError(f"Server-side port range ({text}): low port greater than high port.")
+    return low, high
+
+
+def _prediction_mode(word: str, origin: str = "") -> PredictionMode:
+    try:
+        return PredictionMode(word.lower())
+    except ValueError:
+        words = ", ".join(mode.value for mode in PredictionMode)
+        raise UsageError(f'Unknown mode "{word}"{origin}. One of: {words}') from None
+
+
+# -- the wrapper
+
+
+def _wrapper_parser() -> argparse.ArgumentParser:
+    import argparse  # 5 ms
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> Any:
+            hint = "" if "--" in message or "unrecognized" not in message else "; a command's options go after --"
+            raise UsageError(message + hint)
+
+    parser = Parser(
+        prog="mosh.pyz",
+        usage="%(prog)s [options] [user@]host [-- command...]\n       %(prog)s server [new] [options]\n"
+        "       %(prog)s client IP PORT",
+        description="A remote shell that survives sleep, roaming and bad networks.",
+        allow_abbrev=True,
+    )
+    add = parser.add_argument
+    add("host", nargs="?", default="", help="where to log in; anything ssh understands")
+    add("command", nargs="*", help="what to run there instead of the login shell")
+    add("--host", dest="host_option", metavar="HOST", default="", help="a host that is called server or client")
+    add("--predict", metavar="WHEN", help="local echo: adaptive (default), always, never or experimental")
+    add("-a", dest="predict", action="store_const", const="always", help="the same as --predict=always")
+    add("-n", dest="predict", action="store_const", const="never", help="the same as --predict=never")
+    add("-o", "--predict-overwrite", dest="overwrite", action="store_true", default=None,
+        help="predict that typing overwrites instead of inserting")  # fmt: skip
+    add("--no-predict-overwrite", dest="overwrite", action="store_false", help=argparse.SUPPRESS)
+    add("--family", metavar="F", default="prefer-inet", help=" ".join(FAMILIES))
+    add("-4", dest="family", action="store_const", const="inet", help="use IPv4 only")
+    add("-6", dest="family", action="store_const", const="inet6", help="use IPv6 only")
+    add("-p", "--port", metavar="PORT[:PORT2]", default="", help="the server's UDP port or range of ports")
+    add("--bind-server", metavar="WHERE", default="ssh", help="ssh (the address ssh reached, default), any, or an IP")
+    add("--ssh", metavar="COMMAND", default="ssh", help="how to run ssh, for example --ssh='ssh -p 2222'")
+    add("--ssh-pty", dest="ssh_pty", action="store_true", default=False, help="give the login a terminal (ssh -tt)")
+    add("--no-ssh-pty", dest="ssh_pty", action="store_false", help=argparse.SUPPRESS)
+    add("--init", dest="init", action="store_true", default=True, help=argparse.SUPPRESS)
+    add("--no-init", dest="init", action="store_false", help="do not switch to the terminal's alternate screen")
+    add("--local", action="store_true", help="run the server on this machine, without ssh; host is its address")
+    add("--server", metavar="COMMAND", default="", help="the server to start there, a piece of shell text")
+    add("--client", metavar="PATH", default="", help="the client to run here instead of the built-in one")
+    add("--experimental-remote-ip", dest="remote_ip", metavar="HOW", default="auto", help=" ".join(REMOTE_IP_MODES))
+    add("--fake-proxy", dest="fake_proxy", action="store_true", help=argparse.SUPPRESS)
+    add("-v", "--verbose", action="count", default=0, help="say which server was started")
+    add("--version", action="store_true", help="print the version and exit")
+    return parser
+
+
+def _normalize(parser: argparse.ArgumentParser, words: Sequence[str]) -> list[str]:
+    """Bring stock's spellings to ours: long names in any case, and with a single dash."""
+    known = {option for action in parser._actions for option in action.option_strings}
+    out = []
+    for word in words:
+        dashes, name, value = re.fullmatch(r"(-*)([^=]*)(.*)", word, re.DOTALL).groups()  # type: ignore[union-attr]
+        if dashes == "-" and "--" + name.lower() in known and len(name) > 1:
+            dashes = "--"
+        out.append(dashes + (name.lower() if dashes == "--" else name) + value)
+    return out
+
+
+def _parse_wrapper(words: Sequence[str]) -> argparse.Namespace:
+    """Parse the wrapper's command line; options count up to the first `--`. Raises UsageError."""
+    own = list(words[: words.index("--")]) if "--" in words else list(words)
+    command = list(words[len(own) + 1 :])
+    parser = _wrapper_parser()
+    arguments = parser.parse_intermixed_args(_normalize(parser, own))
+    if arguments.host_option:
+        arguments.command = ([arguments.host] if arguments.host else []) + arguments.command
+        arguments.host = arguments.host_option
+    if arguments.fake_proxy:
+        arguments.proxy_target = command
+        return arguments
+    arguments.command += command
+    if arguments.version:
+        return arguments
+    if not arguments.host:
+        if not command:
+            raise UsageError("no host given")
+        arguments.host, *arguments.command = command
+    if arguments.host.startswith("-"):
+        raise UsageError(f"a host cannot begin with a dash ({arguments.host})")
+    return arguments
+
+
+def _login_options(arguments: argparse.Namespace) -> LoginOptions:
+    """Check the wrapper's arguments. Raises UsageError."""
+    import shlex  # 4 ms
+
+    options = LoginOptions()
+    for name in ("host", "command", "ssh_pty", "server", "bind_server", "local", "verbose"):
+        setattr(options, name, getattr(arguments, name))
+    if arguments.port:
+        parse_ports(arguments.port)
+    options.ports = arguments.port
+    options.family, options.remote_ip = arguments.family.lower(), arguments.remote_ip.lower()
+    for value, allowed, name in (
+        (options.family, FAMILIES, "--family"),
+        (options.remote_ip, REMOTE_IP_MODES, "--experimental-remote-ip"),
+    ):
+        if value not in allowed:
+            raise UsageError(f"Unknown parameter {value} for {name}. One of: {', '.join(allowed)}")
+    try:
+        options.ssh = shlex.split(arguments.ssh) or ["ssh"]
+    except ValueError as error:
+        raise UsageError(f"--ssh: {error}") from None
+    return options
+
+
+def _client_options(predict: str | None, overwrite: bool | None, init: bool) -> ClientOptions:
+    """Combine what the command line and the environment say about the client. Raises UsageError."""
+    options = ClientOptions()
+    environment = os.environ.get("MOSH_PREDICTION_DISPLAY")
+    if predict is not None:
+        options.mode = _prediction_mode(predict)
+    elif environment is not None:
+        options.mode = _prediction_mode(environment, " (MOSH_PREDICTION_DISPLAY in environment)")
+    options.overwrite = os.environ.get("MOSH_PREDICTION_OVERWRITE") == "yes" if overwrite is None else overwrite
+    options.init = init and "MOSH_NO_TERM_INIT" not in os.environ
+    return options
+
+
+def wrapper_main(words: Sequence[str]) -> int:
+    """Log in and run the client."""
+    arguments = _parse_wrapper(words)
+    if arguments.version:
+        print(_VERSION_TEXT)
+        return 0
+    if arguments.fake_proxy:
+        if len(arguments.proxy_target) != 2 or not arguments.proxy_target[1].isdigit():
+            raise UsageError("--fake-proxy needs a host and a port")
+        return fake_proxy(arguments.proxy_target[0], int(arguments.proxy_target[1]), arguments.family)
+    client_options = _client_options(arguments.predict, arguments.overwrite, arguments.init)
+    login_options = _login_options(arguments)
+    terminfo = Terminfo(os.environ.get("TERM", ""))
+    RawTerminal(terminfo)  # it is better to learn now than after the login that this is no terminal
+    choose_cipher(os.environ.get("MOSH_CRYPTO", ""))
+    login = Login(login_options, terminfo.colors)
+    try:
+        key_text, port, candidates = login.run()
+        if arguments.client:
+            _exec_client(arguments.client, key_text, candidates[0], port, client_options)
+        return run_client(key_text, candidates, port, client_options)
+    finally:
+        login.close()
+
+
+def _exec_client(program: str, key_text: str, candidate: Candidate, port: int, options: ClientOptions) -> None:
+    """Become another client, stock's for example."""
+    os.environ["MOSH_KEY"] = key_text
+    os.environ["MOSH_PREDICTION_DISPLAY"] = options.mode.value
+    if options.overwrite:
+        os.environ["MOSH_PREDICTION_OVERWRITE"] = "yes"
+    if not options.init:
+        os.environ["MOSH_NO_TERM_INIT"] = "1"
+    try:
+        os.execvp(program, [program, str(candidate), str(port)])
+    except OSError as error:
+        raise BootstrapError(f"cannot run {program}: {error.strerror}", SERVER_NOT_FOUND) from None
+
+
+# -- the server
+
+
+def _complain(text: str, usage: str, program: str) -> None:
+    print(f"{program}: {text}\n{usage.format(program=program)}", file=sys.stderr)
+
+
+def _short_options(words: Sequence[str], with_value: str, flags: str) -> Iterator[tuple[str, str | None]]:
+    """Yield (letter, value) for options as getopt knows them, ("", word) for the rest, (letter, None) for unknown."""
+    queue = deque(words)
+    while queue:
+        word = queue.popleft()
+        if not word.startswith("-") or word == "-":
+            yield "", word
+            continue
+        for i, letter in enumerate(word[1:], 2):
+            if letter in with_value:
+                yield letter, word[i:] or (queue.popleft() if queue else "")
+                break
+            yield letter, "" if letter in flags else None
+
+
+def _parse_server(program: str, words: Sequence[str]) -> ServerOptions:
+    """Parse the server's command line as stock does, which goes on after an unknown option. Raises UsageError."""
+    options = ServerOptions()
+    own = list(words[: words.index("--")]) if "--" in words else list(words)
+    options.command = list(words[len(own) + 1 :])
+    if own and own[0] != "new" and not own[0].startswith("-"):  # the old form: ADDRESS [PORT]
+        options.bind_address = own.pop(0)
+        if own:
+            own = ["-p", own[0], *own[1:]]
+    elif own and own[0] == "new":
+        own.pop(0)
+    for letter, value in _short_options(own, "@ipcl", "sv"):
+        if value is None:
+            _complain(f"unknown option -{letter}", _SERVER_USAGE, program)
+        elif letter == "i":
+            options.bind_address = value
+        elif letter == "s":
+            options.bind_address = _address_from_ssh()
+        elif letter == "p":
+            try:
+                options.ports = parse_ports(value)
+            except UsageError as error:
+                raise UsageError(f"{error}\n{program}: Bad UDP port range ({value})") from None
+        elif letter == "c":
+            if not re.fullmatch(r"-?\d{1,9}", value, re.ASCII):
+                raise UsageError(f"Bad number of colors ({value})")
+            options.colors = int(value)
+        elif letter == "v":
+            options.verbose += 1
+        elif letter == "l":
+            name, _, setting = value.partition("=")
+            if name in LOCALE_VARIABLES:
+                options.locale[name] = setting
+    return options
+
+
+def _address_from_ssh() -> str:
+    """Return the address that the ssh connection reached this machine by, empty for any."""
+    words = os.environ.get("SSH_CONNECTION", "").split()
+    if not words:
+        print("Warning: SSH_CONNECTION not found; binding to any interface.", file=sys.stderr)
+        return ""
+    if len(words) != 4:
+        print("Warning: Could not parse SSH_CONNECTION; binding to any interface.", file=sys.stderr)
+        return ""
+    return words[2][len("::ffff:") :] if words[2].startswith("::ffff:") else words[2]
+
+
+def server_main(program: str, words: Sequence[str]) -> int:
+    """Be mosh-server."""
+    if _asks_for_text(words, _SERVER_USAGE.format(program=program)):
+        return 0
+    try:
+        options = _parse_server(program, words)
+    except UsageError as error:
+        _complain(str(error), _SERVER_USAGE, program)
+        return 1
+    return serve(options)
+
+
+# -- the client
+
+
+def client_main(program: str, words: Sequence[str]) -> int:
+    """Be mosh-client."""
+    if _asks_for_text(words, _CLIENT_USAGE.format(program=program)):
+        return 0
+    operands: list[str] = []
+    for letter, value in _short_options(words, "#", "cv"):
+        if letter == "c":
+            print(Terminfo(os.environ.get("TERM", "")).colors)
+            return 0
+        if value is None:
+            raise UsageError(f"unknown option -{letter}; {_CLIENT_USAGE.format(program=program)}")
+        if letter == "":
+            operands.append(value)
+    if len(operands) != 2:
+        raise UsageError(_CLIENT_USAGE.format(program=program))
+    host, port_text = operands
+    if not re.fullmatch(r"\d{1,5}", port_text, re.ASCII) or int(port_text) > 65535:
+        raise UsageError(f"Bad UDP port ({port_text})")
+    key_text = os.environ.pop("MOSH_KEY", None)
+    if key_text is None:
+        raise UsageError("MOSH_KEY environment variable not found.")
+    Key.from_text(key_text)
+    try:
+        found = socket.getaddrinfo(host, int(port_text), 0, socket.SOCK_DGRAM, 0, socket.AI_NUMERICHOST)
+    except (socket.gaierror, UnicodeError):
+        raise UsageError(f"Bad IP address ({host})") from None
+    candidates = [Candidate(entry[0], entry[4]) for entry in found]
+    return run_client(key_text, candidates, int(port_text), _client_options(None, None, True))
+
+
+def _asks_for_text(words: Sequence[str], usage: str) -> bool:
+    """Print help or version if one of the words before `--` asks for it. Returns whether one did."""
+    own = words[: words.index("--")] if "--" in words else words
+    if "--version" in own:
+        print(_VERSION_TEXT)
+    elif "--help" in own or "-h" in own:
+        print(usage)
+    else:
+        return False
+    return True
+
+
+# -- all of them
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program. Returns its exit status; every error has become one clear text."""
+    words = list(sys.argv if argv is None else argv)
+    program = os.path.basename(words[0])
+    words = words[1:]
+    role = program if program in ("mosh-server", "mosh-client") else ""
+    if not role and words and words[0] in ("server", "client"):
+        role = "mosh-" + words.pop(0)
+    try:
+        if role == "mosh-server":
+            return server_main(role, words)
+        if role == "mosh-client":
+            return client_main(role, words)
+        return wrapper_main(words)
+    except UsageError as error:
+        print(f"mosh: {error}\n{_USAGE_HINT}", file=sys.stderr)
+        return USAGE_ERROR
+    except BootstrapError as error:
+        print(f"mosh: {error}", file=sys.stderr)
+        return error.status
+    except MoshError as error:
+        print(f"mosh: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+
+
+if __name__ == "__main__":
+    sys.exit(main())

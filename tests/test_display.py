@@ -1,0 +1,135 @@
+"""Section 12: the frame diff. Its law: a receiver showing A, fed the diff from A to B, shows B."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import mosh
+import vectors
+from terminal_streams import terminal_bytes
+
+
+def test_a_diff_turns_one_screen_into_the_other() -> None:
+    sender = mosh.Emulator(20, 3)
+    sender.feed(b"$ ls")
+    before = sender.copy()
+    sender.feed(b"\r\nfile\x1b[7m.txt")
+    receiver = before.copy()
+    receiver.feed(mosh.Display().frame(before.framebuffer, sender.framebuffer))
+    assert receiver.framebuffer.lines() == sender.framebuffer.lines()
+
+
+def _vector_screens(vector: vectors.Vector) -> tuple[mosh.Emulator, mosh.Emulator]:
+    a = mosh.Emulator(vector["cols"], vector["rows"])
+    a.feed(bytes.fromhex(vector["a_hex"]))
+    b = a.copy()
+    if "resize" in vector:
+        b.resize(*vector["resize"])
+    b.feed(bytes.fromhex(vector["b_hex"]))
+    return a, b
+
+
+def _received(base: mosh.Emulator, target: mosh.Emulator, diff: bytes) -> mosh.Emulator:
+    """Return what a receiver that shows `base` makes of a diff, which must leave its hidden state alone."""
+    receiver = base.copy()
+    size = target.framebuffer.width, target.framebuffer.height
+    receiver.resize(*size)
+    receiver.feed(diff)
+    assert receiver.take_replies() == b""
+    hidden = (receiver.region_top, receiver.region_bottom, receiver.insert_mode, receiver.origin_mode)
+    assert hidden == (0, size[1] - 1, False, False)
+    assert receiver.autowrap and not receiver.wrap_pending
+    return receiver
+
+
+VECTORS = [vector for vector in vectors.load("frame_diff") + vectors.load("client_draw") if "a_hex" in vector]
+
+
+@pytest.mark.parametrize("vector", VECTORS, ids=lambda vector: vector["id"])
+def test_stock_vector_gives_the_same_screen_in_no_more_bytes(vector: vectors.Vector) -> None:
+    a, b = _vector_screens(vector)
+    on_the_wire = {name: vector.get(name, True) for name in ("ech", "bce", "title")}
+    diff = mosh.Display(**on_the_wire).frame(a.framebuffer, b.framebuffer)
+    blank = mosh.Emulator(vector["cols"], vector["rows"])
+    receiver = _received(blank, a, mosh.Display().frame(blank.framebuffer, a.framebuffer))
+    receiver = _received(receiver, b, diff)
+    assert vectors.shown(receiver.framebuffer) == vectors.shown(b.framebuffer) | _untold(vector, b)
+    stock_defect = "receiver_cursor" in vector or "receiver_screen" in vector
+    assert stock_defect or len(diff) <= len(bytes.fromhex(vector["diff_hex"]))
+
+
+def test_the_first_frame_on_a_users_terminal() -> None:
+    (vector,) = [vector for vector in vectors.load("client_draw") + vectors.load("frame_diff") if "a_hex" not in vector]
+    blank = mosh.Emulator(vector["cols"], vector["rows"])
+    terminal = mosh.Emulator(vector["cols"], vector["rows"], blank.framebuffer.codebook)
+    terminal.feed(b"left over by \x1b[1;7m another program \x1b[?1000;2004;5h\x1b[?25l")
+    frame = mosh.Display().frame(blank.framebuffer, blank.framebuffer, known=False)
+    terminal.feed(frame)
+    assert vectors.shown(terminal.framebuffer) == vectors.shown(blank.framebuffer)
+    assert len(frame) <= len(bytes.fromhex(vector["diff_hex"]))
+
+
+def _untold(vector: vectors.Vector, b: mosh.Emulator) -> dict[str, object]:
+    return {} if vector.get("title", True) else {"window_title": ""}
+
+
+@settings(max_examples=300)
+@given(terminal_bytes(), terminal_bytes(), st.booleans(), st.booleans())
+def test_apply_diff_law(first: bytes, second: bytes, ech: bool, bce: bool) -> None:
+    display = mosh.Display(ech=ech, bce=bce)
+    sender = mosh.Emulator(11, 5)
+    receiver = mosh.Emulator(11, 5)
+    for data in (first, second):
+        before = sender.copy()
+        sender.feed(data)
+        receiver = _received(receiver, sender, display.frame(before.framebuffer, sender.framebuffer))
+        assert vectors.shown(receiver.framebuffer) == vectors.shown(sender.framebuffer)
+
+
+@given(terminal_bytes(), terminal_bytes(), st.integers(1, 20), st.integers(1, 8))
+def test_apply_diff_law_across_a_resize(first: bytes, second: bytes, width: int, height: int) -> None:
+    sender = mosh.Emulator(11, 5)
+    sender.feed(first)
+    before = sender.copy()
+    receiver = _received(mosh.Emulator(11, 5), before, mosh.Display().frame(mosh.Emulator(11, 5, before.framebuffer.codebook).framebuffer, before.framebuffer))
+    sender.resize(width, height)
+    sender.feed(second)
+    receiver = _received(receiver, sender, mosh.Display().frame(before.framebuffer, sender.framebuffer))
+    assert vectors.shown(receiver.framebuffer) == vectors.shown(sender.framebuffer)
+
+
+@given(terminal_bytes(), terminal_bytes())
+def test_a_repaint_cures_any_damage(garbage: bytes, data: bytes) -> None:
+    sender, damaged = mosh.Emulator(11, 5), mosh.Emulator(11, 5)
+    sender.feed(data)
+    damaged.feed(garbage + b"\x1b[?6l\x1b[4l\x1b[?7h\x1b\\\x1b]2;\x07\x1b]52;c;\x07")
+    repaint = mosh.Display().frame(sender.framebuffer, sender.framebuffer, known=False)
+    damaged.feed(repaint)
+    expected = vectors.shown(sender.framebuffer) | {"clipboard": ""}
+    if not sender.framebuffer.title_was_set:
+        expected["window_title"] = damaged.framebuffer.window_title
+    assert vectors.shown(damaged.framebuffer) == expected
+
+
+@given(terminal_bytes())
+def test_equal_screens_need_no_bytes(data: bytes) -> None:
+    terminal = mosh.Emulator(11, 5)
+    terminal.feed(data)
+    assert mosh.Display().frame(terminal.framebuffer, terminal.copy().framebuffer) == b""
+
+
+def test_a_line_that_goes_on_is_written_without_a_break() -> None:
+    sender = mosh.Emulator(10, 4)
+    before = sender.copy()
+    sender.feed(b"0123456789abc")
+    assert mosh.Display().frame(before.framebuffer, sender.framebuffer) == b"0123456789abc"
+
+
+def test_a_scroll_is_a_line_feed() -> None:
+    sender = mosh.Emulator(40, 6)
+    sender.feed(b"\r\n".join(b"this is line number %d" % i for i in range(6)))
+    before = sender.copy()
+    sender.feed(b"\r\nnew")
+    assert mosh.Display().frame(before.framebuffer, sender.framebuffer) == b"\n\rnew"

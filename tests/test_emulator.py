@@ -1,0 +1,162 @@
+"""Section 11: the emulator, against stock mosh's and against its own laws."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import mosh
+import vectors
+from terminal_streams import terminal_bytes
+
+
+def test_emulator_shows_what_a_program_writes() -> None:
+    terminal = mosh.Emulator(20, 3)
+    terminal.feed(b"hello\r\n\x1b[1mworld")
+    assert terminal.framebuffer.lines()[:2] == ["hello" + " " * 15, "world" + " " * 15]
+    assert (terminal.framebuffer.cursor_row, terminal.framebuffer.cursor_col) == (1, 5)
+    assert terminal.framebuffer.cell(1, 0).rendition.attributes == mosh.BOLD
+
+
+DEFAULTS = {
+    "cursor_visible": True,
+    "autowrap": True,
+    "wrap_pending": False,
+    "title": "",
+    "icon": "",
+    "clipboard": "",
+    "bell": 0,
+    "bracketed_paste": False,
+    "focus": False,
+    "altscroll": False,
+    "mouse_mode": 0,
+    "mouse_encoding": 0,
+    "reverse_video": False,
+    "origin": False,
+    "app_cursor": False,
+}
+
+
+def _state(terminal: mosh.Emulator) -> dict[str, object]:
+    """Return the state under the names that the vectors use."""
+    framebuffer = terminal.framebuffer
+    return {
+        "cursor_visible": framebuffer.cursor_visible,
+        "autowrap": terminal.autowrap,
+        "wrap_pending": terminal.wrap_pending,
+        "title": framebuffer.window_title,
+        "icon": framebuffer.icon_name,
+        "clipboard": framebuffer.clipboard,
+        "bell": framebuffer.bell_count,
+        "bracketed_paste": framebuffer.bracketed_paste,
+        "focus": framebuffer.focus_events,
+        "altscroll": framebuffer.alternate_scroll,
+        "mouse_mode": framebuffer.mouse_mode,
+        "mouse_encoding": framebuffer.mouse_encoding,
+        "reverse_video": framebuffer.reverse_video,
+        "origin": terminal.origin_mode,
+        "app_cursor": terminal.application_cursor_keys,
+    }
+
+
+@pytest.mark.parametrize("vector", vectors.load("emulator"), ids=lambda vector: vector["id"])
+def test_stock_vector(vector: vectors.Vector) -> None:
+    terminal = mosh.Emulator(vector["cols"], vector["rows"])
+    key_filter = mosh.CursorKeyFilter()
+    replies, filtered = b"", []
+    for step in vector["steps"]:
+        if "resize" in step:
+            terminal.resize(*step["resize"])
+        elif "user_hex" in step:
+            keys = bytes.fromhex(step["user_hex"])
+            filtered.append(key_filter.filter(keys, terminal.application_cursor_keys).hex())
+        else:
+            terminal.feed(bytes.fromhex(step["host_hex"]))
+            replies += terminal.take_replies()
+    expect, framebuffer = vector["expect"], terminal.framebuffer
+    if "screen" in expect:
+        assert vectors.actual_cells(framebuffer) == vectors.expected_cells(expect["screen"])
+    if "cursor" in expect:
+        assert [framebuffer.cursor_row, framebuffer.cursor_col] == expect["cursor"]
+    if "reply_per_user_step_hex" in expect:
+        assert filtered == expect["reply_per_user_step_hex"]
+    elif "reply_hex" in expect:
+        assert (replies.hex() or "".join(filtered)) == expect["reply_hex"]
+    assert framebuffer.codebook.rendition(framebuffer.pen).key == vectors.rendition_of(expect.get("pen")).key
+    wrapped = [row for row in range(framebuffer.height) if framebuffer.cell(row, framebuffer.width - 1).wrap]
+    assert wrapped == expect.get("wrapped_rows", [])
+    region = [terminal.region_top, terminal.region_bottom]
+    assert region == expect.get("scroll_region", [0, framebuffer.height - 1])
+    assert _state(terminal) == {**DEFAULTS, **{name: expect[name] for name in DEFAULTS if name in expect}}
+
+
+@given(terminal_bytes(), st.lists(st.integers(0, 200), max_size=8))
+def test_one_feed_equals_many_small_feeds(data: bytes, cuts: list[int]) -> None:
+    whole, pieces = mosh.Emulator(12, 5), mosh.Emulator(12, 5)
+    whole.feed(data)
+    at = 0
+    for cut in [*sorted(cuts), len(data)]:
+        pieces.feed(data[at:cut])
+        at = max(at, cut)
+    assert vectors.shown(whole.framebuffer) == vectors.shown(pieces.framebuffer)
+    assert whole.take_replies() == pieces.take_replies()
+
+
+@given(st.binary(max_size=400))
+def test_any_bytes_leave_a_valid_screen(data: bytes) -> None:
+    terminal = mosh.Emulator(7, 4)
+    terminal.feed(data)
+    framebuffer = terminal.framebuffer
+    assert 0 <= framebuffer.cursor_row < 4 and 0 <= framebuffer.cursor_col < 7
+    assert len(framebuffer.rows) == 4
+    assert all(len(row.text) == len(row.attrs) <= 7 for row in framebuffer.rows)
+
+
+@given(terminal_bytes(), st.lists(st.tuples(st.integers(1, 30), st.integers(1, 12)), max_size=4))
+def test_resizing_at_any_moment_keeps_the_screen_valid(data: bytes, sizes: list[tuple[int, int]]) -> None:
+    terminal = mosh.Emulator(12, 5)
+    for width, height in [*sizes, (9, 4)]:
+        terminal.feed(data)
+        terminal.resize(width, height)
+        assert len(terminal.framebuffer.rows) == height
+        assert all(len(row.text) <= width for row in terminal.framebuffer.rows)
+    terminal.feed(data)
+
+
+def test_a_copy_does_not_change_when_the_original_goes_on() -> None:
+    terminal = mosh.Emulator(10, 3)
+    terminal.feed(b"before")
+    copy = terminal.copy()
+    terminal.feed(b"\x1b[2J\x1b[Hafter\x1b[5;5H")
+    assert copy.framebuffer.lines()[0] == "before    "
+    assert copy.framebuffer != terminal.framebuffer
+
+
+def test_a_sequence_cut_in_half_stays_out_of_the_copy() -> None:
+    terminal = mosh.Emulator(10, 3)
+    terminal.feed(b"\x1b[3")
+    copy = terminal.copy()
+    copy.feed(b"1mx")
+    assert copy.framebuffer.lines()[0] == "1mx       "
+
+
+@pytest.mark.parametrize("count", ["0", "1", "65535", "65536", "9" * 100])
+@pytest.mark.parametrize("final", "ABCDGHIJKLMPSTXZ@`dfghlmnr")
+def test_extreme_parameters_are_harmless(final: str, count: str) -> None:
+    terminal = mosh.Emulator(10, 5)
+    terminal.feed(f"text\x1b[2;3H\x1b[{count}{final}\x1b[{count};{count}{final}more".encode())
+    assert len(terminal.framebuffer.rows) == 5
+
+
+def test_combining_marks_without_end_do_not_grow_a_cell() -> None:
+    terminal = mosh.Emulator(10, 3)
+    terminal.feed("a".encode() + "\u0301".encode() * 100_000)
+    assert len(terminal.framebuffer.cell(0, 0).contents.encode()) <= mosh.CLUSTER_LIMIT_BYTES + 4
+
+
+def test_an_endless_title_is_cut() -> None:
+    terminal = mosh.Emulator(10, 3)
+    terminal.feed(b"\x1b]2;" + b"x" * 1_000_000 + b"\x07ok")
+    assert len(terminal.framebuffer.window_title) == mosh.TITLE_LIMIT - len("2;")
+    assert terminal.framebuffer.lines()[0] == "ok" + " " * 8

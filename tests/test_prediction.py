@@ -1,0 +1,135 @@
+"""Section 14: predictions and the notification bar, step by step as stock mosh makes them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+import mosh
+import vectors
+
+
+class EngineDriver:
+    """Runs a prediction engine over a remote terminal as the client does."""
+
+    def __init__(self, vector: vectors.Vector) -> None:
+        self.remote = mosh.Emulator(vector["cols"], vector["rows"])
+        mode = mosh.PredictionMode(vector["mode"])
+        self.engine = mosh.PredictionEngine(mode, vector["overwrite"], self.remote.framebuffer.codebook)
+        self.shown = self.remote.framebuffer.copy()
+        self.now = 1_000_000
+        self.numbers = {"last_sent_num": 0, "echo_ack": 0, "send_interval_ms": vector["start_send_interval_ms"]}
+        self.engine.observe(**self.numbers)
+        self.remote.feed(bytes.fromhex(vector["start_remote_hex"]))
+
+    def observe(self, **numbers: int) -> None:
+        """The transport has news."""
+        self.numbers.update(numbers)
+        self.engine.observe(**self.numbers)
+
+    def type(self, keys: bytes) -> None:
+        """One read of keystrokes."""
+        for key in keys:
+            self.engine.key(key, self.shown, self.now)
+
+    def draw(self) -> None:
+        """One frame."""
+        self.shown = self.remote.framebuffer.copy()
+        self.engine.cull(self.shown, self.now)
+        self.engine.apply(self.shown)
+
+
+def test_a_confirmed_epoch_shows_typing_at_once() -> None:
+    driver = EngineDriver({"cols": 20, "rows": 3, "mode": "always", "overwrite": False, "start_send_interval_ms": 50, "start_remote_hex": b"$ ".hex()})
+    driver.draw()
+    driver.type(b"l")
+    driver.draw()
+    assert driver.shown.lines()[0].rstrip() == "$"
+    driver.remote.feed(b"l")
+    driver.observe(echo_ack=1)
+    driver.draw()
+    driver.observe(last_sent_num=1)
+    driver.type(b"s")
+    driver.draw()
+    assert driver.shown.lines()[0].rstrip() == "$ ls"
+
+
+def _check_frame(driver: EngineDriver, expect: dict[str, Any]) -> None:
+    assert vectors.actual_cells(driver.shown) == vectors.expected_cells(expect["screen"])
+    assert [driver.shown.cursor_row, driver.shown.cursor_col] == expect["cursor"]
+    engine = driver.engine
+    assert {
+        "prediction_epoch": engine.epoch,
+        "confirmed_epoch": engine.confirmed_epoch,
+        "flagging": engine.underlines,
+        "srtt_trigger": engine.shows_slow_link,
+        "glitch_trigger": engine.glitch,
+        "cursors": [[cursor.row, cursor.col, cursor.until] for cursor in engine.cursors],
+        "active_cell_count": engine.active_cell_count,
+    } == expect["engine"]
+
+
+@pytest.mark.parametrize("vector", vectors.load("prediction"), ids=lambda vector: vector["id"])
+def test_stock_prediction_vector(vector: vectors.Vector) -> None:
+    driver = EngineDriver(vector)
+    for step in vector["steps"]:
+        ((action, value),) = step.items()
+        if action == "draw":
+            driver.draw()
+            _check_frame(driver, value)
+        elif action == "keys_hex":
+            driver.type(bytes.fromhex(value))
+        elif action == "bulk_read":
+            driver.engine.reset()
+        elif action == "remote_hex":
+            driver.remote.feed(bytes.fromhex(value))
+        elif action == "remote_resize":
+            driver.remote.resize(*value)
+        elif action == "advance_ms":
+            driver.now += value
+        elif action == "last_sent_state":
+            driver.observe(last_sent_num=value)
+        else:
+            driver.observe(**{action: value})
+
+
+@pytest.mark.parametrize("vector", vectors.load("notification"), ids=lambda vector: vector["id"])
+def test_stock_notification_vector(vector: vectors.Vector) -> None:
+    given, expect = vector["input"], vector["expect"]
+    screen = mosh.Emulator(given["cols"], given["rows"]).framebuffer
+    screen.cursor_row = given.get("cursor_row", 1)
+    now = 100_000_000
+    bar = mosh.NotificationBar(now, mosh.EscapeKey(None).name)
+    bar.last_heard_at, bar.last_acked_at = now - given["ms_since_heard"], now - given["ms_since_acked"]
+    if "message" in given:
+        bar.set_message(given["message"], now, hint=given["show_quit_hint"])
+    bar.draw(screen, now)
+    assert vectors.actual_cells(screen) == vectors.expected_cells(expect["screen"])
+    assert screen.cursor_visible == expect["cursor_visible"]
+
+
+@pytest.mark.parametrize("mode", list(mosh.PredictionMode))
+def test_a_password_is_never_shown(mode: mosh.PredictionMode) -> None:
+    if mode is mosh.PredictionMode.EXPERIMENTAL:
+        pytest.skip("experimental mode shows everything at once, by design")
+    driver = EngineDriver({"cols": 30, "rows": 3, "mode": mode.value, "overwrite": False, "start_send_interval_ms": 250, "start_remote_hex": b"Password: ".hex()})
+    driver.draw()
+    for i, key in enumerate(b"secret"):
+        driver.type(bytes([key]))
+        driver.observe(last_sent_num=i + 1)
+        driver.now += 60
+        driver.draw()
+        assert driver.shown.lines()[0].rstrip() == "Password:"
+    driver.observe(echo_ack=6)
+    driver.draw()
+    assert driver.shown.lines()[0].rstrip() == "Password:"
+
+
+def test_an_escape_key_of_the_users_own() -> None:
+    assert (mosh.EscapeKey(None).name, mosh.EscapeKey(b"").name) == ("Ctrl-^", "")
+    printable = mosh.EscapeKey(b"~")
+    assert printable.name == '"~"'
+    assert printable.starts_command(ord("~"), True) and not printable.starts_command(ord("~"), False)
+    assert mosh.EscapeKey(b"\x03").key == mosh.DEFAULT_ESCAPE_KEY
+    assert mosh.EscapeKey(b"\x01").is_pass_key(ord("a")) and mosh.EscapeKey(b"\x01").is_pass_key(ord("A"))
