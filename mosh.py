@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 # /// script
 # requires-python = ">=3.9"
-# dependencies = ["cryptography>=42", "wcwidth>=0.2.14"]
+# dependencies = ["cryptography>=42", "wcwidth>=0.9.4"]
 # ///
 """Mosh, the mobile shell, in one file: client, server and the login that joins them.
 
@@ -1765,62 +1765,44 @@ _RANGES: dict[str, Iterable[int]] = {  # the columns of the state table below
     "final": range(0x40, 0x7F),
     "delete": [0x7F],
 }
-_TABLE: dict[ParserState, dict[str, tuple[str, ParserState | None]]] = {  # state: {column: (action, next state)}
-    _S.ESCAPE: {
-        "c0": ("execute", None),
-        "intermediate": ("collect", _S.ESCAPE_INTERMEDIATE),
-        "parameter": ("esc", _S.GROUND),
-        "colon": ("esc", _S.GROUND),
-        "private": ("esc", _S.GROUND),
-        "final": ("esc", _S.GROUND),
-    },
-    _S.ESCAPE_INTERMEDIATE: {
-        "c0": ("execute", None),
-        "intermediate": ("collect", None),
-        "parameter": ("esc", _S.GROUND),
-        "colon": ("esc", _S.GROUND),
-        "private": ("esc", _S.GROUND),
-        "final": ("esc", _S.GROUND),
-    },
+if TYPE_CHECKING:
+    Step = tuple[str, ParserState | None]  # action, "" for none, and the next state, None for the same
+
+_C0_RUNS: dict[str, Step] = {"c0": ("execute", None)}  # a C0 control inside a sequence acts at once
+_ENDS_ESCAPE: dict[str, Step] = dict.fromkeys(("parameter", "colon", "private", "final"), ("esc", _S.GROUND))
+_ENDS_CSI: dict[str, Step] = {"final": ("csi", _S.GROUND)}
+_SPOILS_CSI: dict[str, Step] = dict.fromkeys(("parameter", "colon", "private"), ("", _S.CSI_IGNORE))
+_TABLE: dict[ParserState, dict[str, Step]] = {  # columns not listed are dropped; later entries of a row win
+    _S.ESCAPE: {**_C0_RUNS, "intermediate": ("collect", _S.ESCAPE_INTERMEDIATE), **_ENDS_ESCAPE},
+    _S.ESCAPE_INTERMEDIATE: {**_C0_RUNS, "intermediate": ("collect", None), **_ENDS_ESCAPE},
     _S.CSI_ENTRY: {
-        "c0": ("execute", None),
+        **_C0_RUNS,
+        **_SPOILS_CSI,
         "intermediate": ("collect", _S.CSI_INTERMEDIATE),
         "parameter": ("param", _S.CSI_PARAM),
-        "colon": ("", _S.CSI_IGNORE),
         "private": ("collect", _S.CSI_PARAM),
-        "final": ("csi", _S.GROUND),
+        **_ENDS_CSI,
     },
     _S.CSI_PARAM: {
-        "c0": ("execute", None),
+        **_C0_RUNS,
+        **_SPOILS_CSI,
         "intermediate": ("collect", _S.CSI_INTERMEDIATE),
         "parameter": ("param", None),
-        "colon": ("", _S.CSI_IGNORE),
-        "private": ("", _S.CSI_IGNORE),
-        "final": ("csi", _S.GROUND),
+        **_ENDS_CSI,
     },
-    _S.CSI_INTERMEDIATE: {
-        "c0": ("execute", None),
-        "intermediate": ("collect", None),
-        "parameter": ("", _S.CSI_IGNORE),
-        "colon": ("", _S.CSI_IGNORE),
-        "private": ("", _S.CSI_IGNORE),
-        "final": ("csi", _S.GROUND),
-    },
-    _S.CSI_IGNORE: {
-        "c0": ("execute", None),
-        "final": ("", _S.GROUND),
-    },
+    _S.CSI_INTERMEDIATE: {**_C0_RUNS, **_SPOILS_CSI, "intermediate": ("collect", None), **_ENDS_CSI},
+    _S.CSI_IGNORE: {**_C0_RUNS, "final": ("", _S.GROUND)},
     _S.OSC: {column: ("put", None) for column in _RANGES if column != "c0"},
     _S.SWALLOW: {},
 }
-_STEPS: dict[ParserState, dict[int, tuple[str, ParserState | None]]] = {
+_STEPS: dict[ParserState, dict[int, Step]] = {
     state: {code: step for column, step in columns.items() for code in _RANGES[column]}
     for state, columns in _TABLE.items()
 }
 _STEPS[_S.ESCAPE].update({ord(c): ("", _S.SWALLOW) for c in "PX^_"})
 _STEPS[_S.ESCAPE].update({ord("["): ("", _S.CSI_ENTRY), ord("]"): ("", _S.OSC)})
 _STEPS[_S.OSC][0x07] = ("", _S.GROUND)
-_ANYWHERE: dict[int, tuple[str, ParserState | None]] = {  # in every state, before the state's own row
+_ANYWHERE: dict[int, Step] = {  # in every state, before the state's own row
     **dict.fromkeys((0x18, 0x1A, *range(0x80, 0x90), *range(0x91, 0x98), 0x99, 0x9A), ("execute", _S.GROUND)),
     0x9C: ("", _S.GROUND),
     0x1B: ("", _S.ESCAPE),
@@ -1828,7 +1810,7 @@ _ANYWHERE: dict[int, tuple[str, ParserState | None]] = {  # in every state, befo
     0x9D: ("", _S.OSC),
     **dict.fromkeys((0x90, 0x98, 0x9E, 0x9F), ("", _S.SWALLOW)),
 }
-_NO_STEP: tuple[str, ParserState | None] = ("", None)
+_NO_STEP: Step = ("", None)
 _LETTER = ord("A")  # what characters from U+00A0 up count as
 
 # In the ground state, whole runs and whole well-formed sequences are recognized at once. Each alternative has a group:
@@ -4979,8 +4961,8 @@ def run_client(key_text: str, candidates: Sequence[Candidate], port: int, option
     with terminal:
         Client(core, terminal).run()
     if core.is_connecting:
-        tried = " or ".join(dict.fromkeys(map(str, candidates)))
-        print(_NO_ANSWER.format(address=tried, port=port), file=sys.stderr)
+        places = " or ".join(f"{candidate}:{port}" for candidate in candidates)
+        print(_NO_ANSWER.format(places=places, port=port), file=sys.stderr)
     elif not core.transport.clean:
         print(_UNCLEAN, file=sys.stderr)
     print("[mosh is exiting.]", flush=True)
@@ -4988,11 +4970,15 @@ def run_client(key_text: str, candidates: Sequence[Candidate], port: int, option
 
 
 _NO_ANSWER = """
-mosh: nothing was heard from {address} on UDP port {port}. The login worked, so the usual causes are:
-  1. A firewall before or on the server drops UDP. Open ports 60000-61000, or choose one that is open: -p PORT.
-  2. The network you are on lets no UDP out. Try another one.
-  3. The server is behind a router or jump host, and only ssh's port is passed on to it. Forward the UDP port too."""
-_UNCLEAN = """
+mosh did not make a successful connection to {places}.
+No answer came on UDP port {port}. The usual causes:
+  1. A firewall at the server drops UDP: open ports 60000-61000 there, or
+     choose one that is open with -p PORT.
+  2. The network that you are on lets no UDP out: try another one.
+  3. The server is behind a router or jump host that passes only ssh's port
+     on: have the UDP port passed on too.
+"""
+_UNCLEAN = """\
 
 mosh did not shut down cleanly. Please note that the
 mosh-server process may still be running on the server."""
