@@ -1313,6 +1313,7 @@ def is_width_doubtful(char: str) -> bool:
 # is only slower. NUL stands for an empty cell.
 _NARROW = " -~\xa0-\u02ff\u0400-\u0482\u048a-\u052f\u2500-\u25fc"
 NARROW_RUN = re.compile(f"[{_NARROW}]+")
+WIDE_RUN = re.compile("[\u3041-\u3096\u30a1-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7a3\uff01-\uff60]+")
 NARROW_CELLS = re.compile(f"[\0{_NARROW}]*")
 
 
@@ -1407,6 +1408,7 @@ class Codebook:
         }
         self._until_sweep = 0
         self._erased: dict[str, str] = {}
+        self.selected: dict[tuple[str, str], str] = {}  # (pen, SGR parameters) to pen: programs repeat a few
         self.rendition_code(Rendition())
 
     def register(self, holder: Any) -> None:
@@ -1495,6 +1497,7 @@ class Codebook:
         for code in self._clusters.keys() - used:
             del self._cluster_codes[self._clusters.pop(code)]
         self._erased.clear()
+        self.selected.clear()
         for table in self._free:
             taken = self._clusters if table else self._renditions
             self._free[table] = (n for n in range(table, table + _CODES_PER_TABLE) if chr(n) not in taken)
@@ -1549,6 +1552,8 @@ class Row:
 
     def with_cells(self, col: int, text: str, attrs: str) -> Row:
         """Return this row with the cells from `col` replaced by `text` and `attrs`, strings of equal length."""
+        if col == len(self.text):  # most printing appends
+            return Row(self.text + text, self.attrs + attrs, self.fill)
         old_text, old_attrs = self.padded(col)
         end = col + len(text)
         return Row(old_text[:col] + text + old_text[end:], old_attrs[:col] + attrs + old_attrs[end:], self.fill)
@@ -1661,6 +1666,10 @@ class Framebuffer:
 
     def scroll_rows(self, top: int, bottom: int, count: int) -> None:
         """Move the rows [top, bottom] up by `count`, or down if it is negative; empty rows enter."""
+        if count == 1:
+            del self.rows[top]
+            self.rows.insert(bottom, Row("", "", self.erase_code))
+            return
         size = bottom + 1 - top
         blank = [Row("", "", self.erase_code)] * min(abs(count), size)
         if count > 0:
@@ -1813,12 +1822,14 @@ _ANYWHERE: dict[int, Step] = {  # in every state, before the state's own row
 _NO_STEP: Step = ("", None)
 _LETTER = ord("A")  # what characters from U+00A0 up count as
 
-# In the ground state, whole runs and whole well-formed sequences are recognized at once. Each alternative has a group:
-# printable text; one C0 control that only executes; a complete CSI; anything else, for the state machine.
+# In the ground state, whole runs and whole well-formed sequences are recognized at once. The number of the last group
+# that matched says what it was; anything else is for the state machine.
 _GROUND_TOKEN = re.compile(
-    r"([^\x00-\x1f\x80-\x9f]+)|([\x00-\x17\x19\x1c-\x1f])|\x1b\[([<-?]?)([0-9;]{0,100})([ -/]{0,6})([@-~])|(.)",
+    r"([^\x00-\x1f\x80-\x9f]+)|([\x00-\x17\x19\x1c-\x1f])"
+    r"|\x1b\[([0-9;]{0,100})([@-~])|\x1b\[([<-?])([0-9;]{0,100})([@-~])|.",
     re.DOTALL,
 )
+_TEXT, _CONTROL, _CSI, _PRIVATE_CSI = 1, 2, 4, 7
 _STRING_RUN = re.compile(r"[^\x00-\x1f\x80-\x9f]+")  # what an OSC or a swallowed string takes without looking
 
 
@@ -1837,25 +1848,37 @@ class Parser:
         new.__dict__.update(self.__dict__)
         return new
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether a sequence has begun and not ended."""
+        return self.state is not ParserState.GROUND
+
     def feed(self, text: str, sink: ParserSink) -> None:
         """Parse `text` and call `sink` for every action, in order."""
-        at, end = 0, len(text)
-        while at < end:
-            if self.state is not ParserState.GROUND:
-                at = self._inside_sequence(text, at, sink)
-                continue
-            match = _GROUND_TOKEN.match(text, at)
-            assert match is not None  # its last alternative takes anything
-            at = match.end()
-            printable, control, private, parameters, intermediates, final, other = match.groups()
-            if printable:
-                sink.print(printable)
-            elif control:
-                sink.execute(control)
-            elif final:
-                sink.csi_dispatch(private + intermediates + final, parameters)
+        at = 0
+        while at < len(text):
+            if self.state is ParserState.GROUND:
+                at = self._in_ground(text, at, sink)
             else:
-                self._step(other, sink)
+                at = self._inside_sequence(text, at, sink)
+
+    def _in_ground(self, text: str, at: int, sink: ParserSink) -> int:
+        """Take text, controls and complete sequences; return the offset where something else has to go on."""
+        for match in _GROUND_TOKEN.finditer(text, at):
+            kind = match.lastindex
+            if kind == _TEXT:
+                sink.print(match[0])
+            elif kind == _CONTROL:
+                sink.execute(match[0])
+            elif kind == _CSI:
+                sink.csi_dispatch(match[4], match[3])
+            elif kind == _PRIVATE_CSI:
+                sink.csi_dispatch(match[5] + match[7], match[6])
+            else:
+                self._step(match[0], sink)
+                if self.state is not ParserState.GROUND:
+                    return match.end()
+        return len(text)
 
     def _inside_sequence(self, text: str, at: int, sink: ParserSink) -> int:
         """Take a character of a sequence, or a run of them inside a string; return the offset behind."""
@@ -1925,6 +1948,18 @@ _CLIPBOARD = "52;c;"
 
 _KEEPS_WRAP_PENDING = {"I", "Z", "g", "m", "?h", "?l"}
 
+# Skip-ahead. A flood scrolls by faster than frames are sent, so most of it is never seen. As long as nothing but text,
+# line ends and sequences that stay within their row come in, only the lines after the (height + 1)th from the end can
+# still be on the screen. Of the others, only the pen and the bells outlive them.
+_SKIP_FROM_BYTES = 2_048  # shorter feeds are not worth the search
+_SHORT_BYTES = 64
+_LEAVES_ROW = re.compile(
+    rb"\x0b|\x0c|\xc2[\x80-\x9f]"  # VT, FF and C1 controls; every alternative starts with a byte, which is much faster
+    rb"|\x1b(?!\[[0-9;]{0,99}[mKXPCDG@]|[=>]|\([0B])"  # all sequences but SGR EL ECH DCH CUF CUB CHA ICH, and no-ops
+)
+_SGR = re.compile(rb"\x1b\[([0-9;]{0,99})m")
+_SELECTED_LIMIT = 4_096  # remembered effects of SGR
+
 
 @lru_cache(maxsize=1024)
 def parse_parameters(text: str) -> tuple[int, ...]:
@@ -1992,7 +2027,41 @@ class Emulator:
 
     def feed(self, data: bytes) -> None:
         """Take output of the program, cut anywhere."""
-        self._parser.feed(self._decoder.decode(data), self)
+        at = 0
+        while len(data) - at >= _SKIP_FROM_BYTES:
+            end = at + _SHORT_BYTES  # let a sequence that the last feed cut come to its end
+            if not self._parser.is_busy:
+                match = _LEAVES_ROW.search(data, at)
+                end = match.start() + 1 if match else len(data)
+                if end - at >= _SKIP_FROM_BYTES:
+                    at = self._skip_unseen(data, at, end)
+                else:
+                    end = at + _SKIP_FROM_BYTES
+            self._parser.feed(self._decoder.decode(data[at:end]), self)
+            at = end
+        self._parser.feed(self._decoder.decode(data[at:]), self)
+
+    def _skip_unseen(self, data: bytes, start: int, end: int) -> int:
+        """Take over what outlives the lines of data[start:end] that scroll away; return where the others begin."""
+        framebuffer = self.framebuffer
+        size = self.region_bottom + 1 - self.region_top
+        if not self.region_top <= framebuffer.cursor_row <= self.region_bottom:
+            return start
+        cut = end
+        for _ in range(size + 1):
+            cut = data.rfind(b"\r\n", start, cut)
+            if cut < 0:
+                return start
+        cut += len(b"\r\n")
+        if data.count(b"\n", start, cut) < size:
+            return start  # the cursor may not have reached the bottom
+        reset = max(data.rfind(b"\x1b[0m", start, cut), data.rfind(b"\x1b[m", start, cut), start)
+        for match in _SGR.finditer(data, reset, cut):
+            self.sgr(match[1].decode("ascii"))
+        framebuffer.bell_count += data.count(b"\x07", start, cut)
+        self._decoder = Utf8Decoder()
+        self._go(self.region_bottom, 0)
+        return cut
 
     def take_replies(self) -> bytes:
         """Return and forget what the program asked for (cursor position, device attributes): its input."""
@@ -2021,7 +2090,12 @@ class Emulator:
         while at < len(text):
             match = NARROW_RUN.match(text, at)
             if match:
-                self._print_narrow(match.group())
+                self._print_narrow(match[0])
+                at = match.end()
+                continue
+            match = WIDE_RUN.match(text, at)
+            if match:
+                self._print_wide(match[0])
                 at = match.end()
                 continue
             width = char_width(text[at])
@@ -2051,6 +2125,9 @@ class Emulator:
 
     def csi_dispatch(self, key: str, parameters: str) -> None:
         """See ParserSink."""
+        if key == "m":
+            self.sgr(parameters)
+            return
         if key not in _KEEPS_WRAP_PENDING:
             self.wrap_pending = False
         handler = _CONTROL_SEQUENCES.get(key)
@@ -2078,9 +2155,18 @@ class Emulator:
         """Print characters of width 1."""
         framebuffer = self.framebuffer
         width = framebuffer.width
+        end = framebuffer.cursor_col + len(run)
+        if end < width and not (self.wrap_pending or self.insert_mode or self.origin_mode):  # nearly always
+            row = framebuffer.cursor_row
+            framebuffer.set_code(row, framebuffer.cursor_col, run, framebuffer.pen * len(run))
+            self.combining_row, self.combining_col = row, end - 1
+            framebuffer.cursor_col = end
+            return
         at = 0
         while at < len(run):
-            self._wrap_if_pending()
+            if self.wrap_pending and self.autowrap:
+                self._wrap()
+                at += self._rows_unseen(len(run) - at) * width
             row, col = framebuffer.cursor_row, framebuffer.cursor_col
             room = width - col
             piece = run[at : at + room]
@@ -2094,6 +2180,30 @@ class Emulator:
             framebuffer.set_code(row, col, piece, framebuffer.pen * len(piece))
             framebuffer.cursor_col = col + len(piece) - 1
             self._advance(1)
+
+    def _rows_unseen(self, count: int) -> int:
+        """Return how many rows of a run with `count` characters left would scroll away before they are seen."""
+        framebuffer = self.framebuffer
+        if framebuffer.cursor_row != self.region_bottom or self.insert_mode:
+            return 0
+        return max(0, count // framebuffer.width - (self.region_bottom + 1 - self.region_top))
+
+    def _print_wide(self, run: str) -> None:
+        """Print characters of width 2: as many at once as surely fit, then one by one at the edge."""
+        framebuffer = self.framebuffer
+        at = 0
+        while at < len(run):
+            row, col = framebuffer.cursor_row, framebuffer.cursor_col
+            piece = run[at : at + (framebuffer.width - 1 - col) // 2]
+            if not piece or self.wrap_pending or self.insert_mode or self.origin_mode:
+                self._print_one(run[at], 2)
+                at += 1
+                continue
+            attrs = (framebuffer.pen + framebuffer.erase_code) * len(piece)
+            framebuffer.set_code(row, col, NUL.join(piece) + NUL, attrs)
+            at += len(piece)
+            framebuffer.cursor_col = col + 2 * len(piece)
+            self.combining_row, self.combining_col = row, framebuffer.cursor_col - 2
 
     def _print_one(self, char: str, width: int) -> None:
         """Print a character of width 1 or 2."""
@@ -2196,10 +2306,21 @@ class Emulator:
         self.cht((1,))
 
     def lf(self) -> None:
-        self._step_rows(1)
+        framebuffer = self.framebuffer
+        if self.origin_mode:
+            self._step_rows(1)
+            return
+        if framebuffer.cursor_row == self.region_bottom:
+            framebuffer.scroll_rows(self.region_top, self.region_bottom, 1)
+        elif framebuffer.cursor_row < framebuffer.height - 1:
+            framebuffer.cursor_row += 1
+        self.combining_row, self.combining_col = framebuffer.cursor_row, framebuffer.cursor_col
 
     def cr(self) -> None:
-        self._go(col=0)
+        framebuffer = self.framebuffer
+        framebuffer.cursor_col = 0
+        self._snap()
+        self.combining_row, self.combining_col = framebuffer.cursor_row, 0
 
     def nel(self) -> None:
         self._go(col=0)
@@ -2379,9 +2500,17 @@ class Emulator:
             self._snap()
         self._go_home()
 
-    def sgr(self, parameters: tuple[int, ...]) -> None:
-        book = self.framebuffer.codebook
-        self.framebuffer.pen = book.rendition_code(_select_rendition(book.rendition(self.framebuffer.pen), parameters))
+    def sgr(self, parameters: str) -> None:
+        """Select the pen. The only function that gets its parameters as text, by which its effect is remembered."""
+        framebuffer = self.framebuffer
+        book, pen = framebuffer.codebook, framebuffer.pen
+        code = book.selected.get((pen, parameters))
+        if code is None:
+            code = book.rendition_code(_select_rendition(book.rendition(pen), parse_parameters(parameters)))
+            if len(book.selected) >= _SELECTED_LIMIT:
+                book.selected.clear()
+            book.selected[pen, parameters] = code
+        framebuffer.pen = code
 
     def dsr(self, parameters: tuple[int, ...]) -> None:
         if parameters[0] == 5:
@@ -2452,7 +2581,6 @@ _CONTROL_SEQUENCES: dict[str, Callable[[Emulator, tuple[int, ...]], None]] = {
     "?h": Emulator.decset,  # set DEC private modes
     "l": Emulator.rm,  # reset mode
     "?l": Emulator.decrst,  # reset DEC private modes
-    "m": Emulator.sgr,  # select graphic rendition
     "n": Emulator.dsr,  # device status report
     "!p": Emulator.decstr,  # soft terminal reset
     "r": Emulator.decstbm,  # set top and bottom margins

@@ -160,3 +160,42 @@ def test_an_endless_title_is_cut() -> None:
     terminal.feed(b"\x1b]2;" + b"x" * 1_000_000 + b"\x07ok")
     assert len(terminal.framebuffer.window_title) == mosh.TITLE_LIMIT - len("2;")
     assert terminal.framebuffer.lines()[0] == "ok" + " " * 8
+
+
+LINE = st.text(alphabet="abc \u00e9\u6f22\u0301\t\x07\b", max_size=30)
+COLORS = st.sampled_from(["", "\x1b[31m", "\x1b[0m", "\x1b[m", "\x1b[1;44m", "\x1b[38;2;1;2;3m", "\x1b[K", "\x1b[3C"])
+FLOOD = st.lists(st.builds("{}{}{}{}".format, COLORS, LINE, COLORS, st.sampled_from(["\r\n", "\r\n", "\r\n", "\n", ""])))
+BEFORE = st.sampled_from(["", "\x1b[2;4r", "\x1b[2;4r\x1b[3;1H", "\x1b[?6h", "\x1b[4h", "\x1b[?7l", "\x1b[45m", "\x1b[5", "\xc3"])
+UNSAFE = st.sampled_from(["", "\x1b[2;2Hx", "\x1b[2J", "\x1bM", "\x1b]2;t\x07", "\x85", "\x0b", "\x1b[?25l", "\x1b[1"])
+
+
+@given(BEFORE, FLOOD, UNSAFE, FLOOD, st.integers(1, 90), st.integers(1, 90))
+def test_skipping_what_scrolls_away_unseen_changes_nothing(
+    before: str, flood: list[str], unsafe: str, more: list[str], times: int, again: int
+) -> None:
+    data = ("".join(flood) * times + unsafe + "".join(more) * again).encode()
+    whole, pieces = mosh.Emulator(12, 5), mosh.Emulator(12, 5)
+    for terminal in (whole, pieces):
+        terminal.feed(b"top\r\n" + before.encode("latin-1"))
+    whole.feed(data)
+    for at in range(0, len(data), 1000):
+        pieces.feed(data[at : at + 1000])
+    assert vectors.shown(whole.framebuffer) == vectors.shown(pieces.framebuffer)
+    assert whole.framebuffer.bell_count == pieces.framebuffer.bell_count
+    assert whole.wrap_pending == pieces.wrap_pending
+    last = whole.framebuffer.width - 1
+    assert [row.padded(12)[1][last] >= "\u8000" for row in whole.framebuffer.rows] == [
+        row.padded(12)[1][last] >= "\u8000" for row in pieces.framebuffer.rows
+    ]
+
+
+@given(st.integers(1, 40_000), st.integers(0, 30), BEFORE)
+def test_an_endless_line_ends_as_if_printed_in_pieces(count: int, start: int, before: str) -> None:
+    data = bytes(97 + i % 23 for i in range(count))
+    whole, pieces = mosh.Emulator(12, 5), mosh.Emulator(12, 5)
+    for terminal in (whole, pieces):
+        terminal.feed(before.encode("latin-1") + b" " * start)
+    whole.feed(data)
+    for at in range(0, len(data), 10):
+        pieces.feed(data[at : at + 10])
+    assert vectors.shown(whole.framebuffer) == vectors.shown(pieces.framebuffer)
