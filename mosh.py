@@ -1155,11 +1155,9 @@ class Transport(Generic[Local, Remote]):
 
 INVALID_CHAR = "\ufffd"
 
-# What UTF-8 may look like, longest runs first tried; used only where `bytes.decode` found a fault.
-_WELL_FORMED = re.compile(
-    rb"(?:[\x00-\x7f]+|[\xc2-\xdf][\x80-\xbf]|\xe0[\xa0-\xbf][\x80-\xbf]|[\xe1-\xec\xee\xef][\x80-\xbf]{2}"
-    rb"|\xed[\x80-\x9f][\x80-\xbf]|\xf0[\x90-\xbf][\x80-\xbf]{2}|[\xf1-\xf3][\x80-\xbf]{3}|\xf4[\x80-\x8f][\x80-\xbf]{2})+"
-)
+# Where `mbrtowc` and Python's decoder part: overlong forms, surrogates, and leads beyond U+10FFFF.
+_ODD_FORM = re.compile(rb"\xe0[\x80-\x9f]|\xed[\xa0-\xbf]|\xf0[\x80-\x8f]|\xf4[\x90-\xbf]|[\xf5-\xfd]")
+_CUT_OFF = re.compile(rb"(?:[\xc2-\xdf]|[\xe0-\xef][\x80-\xbf]?|[\xf0-\xf4][\x80-\xbf]{0,2})\Z")  # more must follow
 # (first lead byte, length, smallest code point that needs it). The lengths 5 and 6 of old UTF-8 are still recognized.
 _UTF8_LEADS = (
     *((0x00, 1, 0), (0x80, 0, 0), (0xC2, 2, 0), (0xE0, 3, 0x800)),
@@ -1168,7 +1166,7 @@ _UTF8_LEADS = (
 
 
 def _decode_one(pending: bytes) -> str | None:
-    """Return the one character in `pending`, INVALID_CHAR or None for "more bytes needed", as `mbrtowc` would."""
+    """Return the one character in `pending`, "" if it is malformed, None if more bytes are needed: as `mbrtowc`."""
     lead = pending[0]
     _first, length, smallest = _UTF8_LEADS[bisect.bisect([row[0] for row in _UTF8_LEADS], lead) - 1]
     if length == 0 or any(not 0x80 <= byte <= 0xBF for byte in pending[1:]):
@@ -1191,32 +1189,38 @@ class Utf8Decoder:
 
     def decode(self, data: bytes) -> str:
         """Return the characters that `data` completes, with U+FFFD where it is malformed."""
-        if not self._pending:
-            try:
-                return data.decode()
-            except UnicodeDecodeError:
-                pass
-        out = []
+        data, self._pending = self._pending + data, b""
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            pass
+        out: list[str] = []
         at = 0
         while at < len(data):
-            match = None if self._pending else _WELL_FORMED.match(data, at)
-            if match:
-                out.append(match.group().decode())
-                at = match.end()
-            else:
-                self._step(data[at : at + 1], out)
-                at += 1
+            odd = _ODD_FORM.search(data, at)
+            cut_off = None if odd else _CUT_OFF.search(data, at)
+            stop = odd.start() if odd else cut_off.start() if cut_off else len(data)
+            out.append(data[at:stop].decode("utf-8", "replace"))
+            at = self._decode_odd_form(data, stop, out)
         return "".join(out)
 
-    def _step(self, byte: bytes, out: list[str]) -> None:
-        self._pending += byte
-        while self._pending:
-            char = _decode_one(self._pending)
-            if char is None:
-                return
-            # Of a malformed sequence all but the last byte become one U+FFFD, and the last is tried again.
-            out.append(char or INVALID_CHAR)
-            self._pending = b"" if char or len(self._pending) == 1 else self._pending[-1:]
+    def _decode_odd_form(self, data: bytes, at: int, out: list[str]) -> int:
+        """Decode bytes one by one, as `mbrtowc` does, until none is left over; return the offset behind."""
+        pending = b""
+        while at < len(data):
+            pending += data[at : at + 1]
+            at += 1
+            while pending:
+                char = _decode_one(pending)
+                if char is None:
+                    break
+                # Of a malformed sequence all but the last byte become one U+FFFD, and the last is tried again.
+                out.append(char or INVALID_CHAR)
+                pending = b"" if char or len(pending) == 1 else pending[-1:]
+            if not pending:
+                return at
+        self._pending = pending
+        return at
 
 
 # Code points judged differently by glibc 2.36 and `wcwidth`, or unknown to Unicode 14. Per run "gap length verdict" in
@@ -1311,7 +1315,7 @@ def is_width_doubtful(char: str) -> bool:
 
 # Characters of width 1 that make up nearly all text: ASCII, Latin, Cyrillic, box drawing and blocks. Text beyond these
 # is only slower. NUL stands for an empty cell.
-_NARROW = " -~\xa0-\u02ff\u0400-\u0482\u048a-\u052f\u2500-\u25fc"
+_NARROW = " -~\xa0-\u02ff\u0400-\u0482\u048a-\u052f\u2500-\u25fc\ufffd"
 NARROW_RUN = re.compile(f"[{_NARROW}]+")
 WIDE_RUN = re.compile("[\u3041-\u3096\u30a1-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7a3\uff01-\uff60]+")
 NARROW_CELLS = re.compile(f"[\0{_NARROW}]*")
@@ -1519,6 +1523,12 @@ def has_wrap(code: str) -> bool:
     return chr(_WRAP_BIT) <= code <= "\uffff"
 
 
+def without_wraps(attrs: str) -> str:
+    """Return `attrs` without any such marks; it is nearly always the last cell that has one."""
+    attrs = attrs[:-1] + without_wrap(attrs[-1:])
+    return "".join(map(without_wrap, attrs)) if max(attrs, default="") >= chr(_WRAP_BIT) else attrs
+
+
 class Row:
     """One line of the screen. Never changes; see the section's introduction."""
 
@@ -1581,7 +1591,7 @@ class Row:
     def resized(self, old_width: int, width: int, code: str) -> Row:
         """Return this row cut or extended to `width`, no longer marked as going on in the next row."""
         text, attrs = self.padded(old_width)
-        attrs = "".join(map(without_wrap, attrs))
+        attrs = without_wraps(attrs)
         return Row(text[:width], attrs[:width], code if width > old_width else self.fill)
 
 
@@ -1964,8 +1974,8 @@ _SELECTED_LIMIT = 4_096  # remembered effects of SGR
 @lru_cache(maxsize=1024)
 def parse_parameters(text: str) -> tuple[int, ...]:
     """Return the numbers of a control sequence; 0 for one that is absent or beyond 65535. There is always one."""
-    numbers = (int(word) if word else 0 for word in text.split(";"))
-    return tuple(number if number <= 65535 else 0 for number in numbers)
+    numbers = [int(word) if word else 0 for word in text.split(";")]
+    return tuple(numbers if max(numbers) <= 65535 else [number if number <= 65535 else 0 for number in numbers])
 
 
 def _parameter(parameters: tuple[int, ...], index: int, default: int) -> int:
@@ -2372,8 +2382,7 @@ class Emulator:
         self._go(col=self.framebuffer.cursor_col - _parameter(parameters, 0, 1))
 
     def cup(self, parameters: tuple[int, ...]) -> None:
-        self._go_addressed(_parameter(parameters, 0, 1) - 1)
-        self._go(col=_parameter(parameters, 1, 1) - 1)
+        self._go(self._limits()[0] + _parameter(parameters, 0, 1) - 1, _parameter(parameters, 1, 1) - 1)
 
     def vpa(self, parameters: tuple[int, ...]) -> None:
         self._go_addressed(_parameter(parameters, 0, 1) - 1)
@@ -2797,7 +2806,7 @@ class _FrameWriter:
             changed.append(columns[-1])
         if wrapped:
             self._position = (row, 0)
-        attrs = "".join(map(without_wrap, attrs)) if max(attrs) >= chr(_WRAP_BIT) else attrs
+        attrs = without_wraps(attrs)
         tail = len(new.text) + (new.text != "" and self._book.is_wide(new.text[-1]))
         tail = max(tail, int(wrapped))  # the cell that makes the terminal wrap has to be written
         erase_tail = self._is_erasable(new.fill)
@@ -2815,6 +2824,8 @@ class _FrameWriter:
         width = self._new.width
         old_text, old_attrs = old.padded(width)
         if isinstance(columns, range) and NARROW_CELLS.fullmatch(old_text):
+            if old_attrs == attrs:
+                return [col for col, (a, b) in enumerate(zip(old_text, text)) if a != b]
             cells = zip(old_text, text, old_attrs, attrs)
             return [col for col, (a, b, c, d) in enumerate(cells) if a != b or c != d]
         shown = set(self._last.visible_columns(old_text))
@@ -2931,6 +2942,8 @@ def _find_scroll(old: list[Row], new: list[Row]) -> tuple[int, int]:
     """Return (distance, count) if showing `count` old rows `distance` higher saves bytes, else (0, 0)."""
     best, best_gain = (0, 0), 0
     for distance in range(1, len(old)):
+        if old[distance] != new[0]:
+            continue
         count = gain = 0
         for before, after, in_place in zip(old[distance:], new, old):
             if before != after:
@@ -2940,7 +2953,7 @@ def _find_scroll(old: list[Row], new: list[Row]) -> tuple[int, int]:
         blanked = zip(old[count : count + distance], new[count : count + distance])
         gain -= sum(len(row.text) + _MOVE_BYTES for row, after in blanked if row == after)
         gain -= distance + (_SCROLL_BYTES if distance + count == len(old) else _SCROLL_REGION_BYTES)
-        if count and gain > best_gain:
+        if gain > best_gain:
             best, best_gain = (distance, count), gain
     return best
 
@@ -2952,6 +2965,9 @@ def _spans(changed: list[int], attrs: str) -> list[Position]:
     spans = []
     start = previous = changed[0]
     for col in changed[1:]:
+        if col == previous + 1:
+            previous = col
+            continue
         gap = attrs[previous : col + 1]
         if col - previous > _MERGE_GAP + 1 or gap.strip(gap[0]):
             spans.append((start, previous + 1))
