@@ -1404,7 +1404,7 @@ class Codebook:
         self._rendition_codes: dict[tuple[int, int | None, int | None], str] = {}
         self._clusters: dict[str, tuple[str, bool, bool]] = {}
         self._cluster_codes: dict[tuple[str, bool, bool], str] = {}
-        self._holders: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._holders: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
         self._free: dict[int, Iterator[int]] = {
             0: iter(range(_CODES_PER_TABLE)),
             _NARROW_CLUSTERS: iter(range(_NARROW_CLUSTERS, _NARROW_CLUSTERS + _CODES_PER_TABLE)),
@@ -1417,7 +1417,7 @@ class Codebook:
 
     def register(self, holder: Any) -> None:
         """`holder.codes_in_use()` yields strings whose code points a sweep has to keep, as long as it lives."""
-        self._holders.add(holder)
+        self._holders[id(holder)] = holder
 
     # -- renditions
 
@@ -1492,7 +1492,7 @@ class Codebook:
 
     def _sweep(self) -> None:
         used = {self.DEFAULT}
-        for holder in list(self._holders):
+        for holder in list(self._holders.values()):
             for codes in holder.codes_in_use():
                 used.update(codes)
         used |= {without_wrap(code) for code in used}
@@ -1551,7 +1551,8 @@ class Row:
             and self.fill == other.fill
         )
 
-    __hash__ = object.__hash__
+    def __hash__(self) -> int:
+        return hash((self.text, self.attrs, self.fill))
 
     def padded(self, width: int) -> tuple[str, str]:
         """Return text and attrs of at least `width` cells."""
@@ -1640,7 +1641,7 @@ class Framebuffer:
         mine, theirs = self.__dict__, other.__dict__
         return all(mine[name] == theirs[name] for name in self._VISIBLE)
 
-    __hash__ = object.__hash__
+    __hash__ = None  # type: ignore[assignment]
 
     # -- cells
 
@@ -2664,10 +2665,12 @@ def _select_rendition(pen: Rendition, parameters: tuple[int, ...]) -> Rendition:
 _ERASE_CHARACTERS_FROM = 10  # empty cells amid text from which ECH and a move are shorter than spaces
 _MERGE_GAP = 3  # unchanged cells that are cheaper written again than skipped
 _MOVE_BYTES = 2  # about what getting to a row costs
-_SCROLL_BYTES, _SCROLL_REGION_BYTES = 5, 20  # about what a scroll of the whole screen and of its upper part cost
+_SCROLL_BYTES, _SCROLL_REGION_BYTES = 5, 20  # about what a scroll of the whole screen and of a part of it cost
 _EMPTY_RUN = NUL * _ERASE_CHARACTERS_FROM
 _EMPTY_RUN_OR_REST = re.compile(f"{_EMPTY_RUN}\0*|(?:(?!{_EMPTY_RUN}).)+", re.DOTALL)
 _NBSP = "\xa0"  # carries a cell that has only combining marks
+
+_BLANK_ROW = Row("", "", Codebook.DEFAULT)
 
 Position = tuple[int, int]
 
@@ -2746,7 +2749,7 @@ class _FrameWriter:
         """Start from an empty screen, cursor hidden. Returns the rows it has."""
         self._out.append("\x1b[r\x1b[0m\x1b[H\x1b[2J\x1b[?25l")
         self._position, self._pen, self._cursor_visible = (0, 0), Codebook.DEFAULT, False
-        return [Row("", "", Codebook.DEFAULT)] * self._new.height
+        return [_BLANK_ROW] * self._new.height
 
     def _write_cursor_and_pen(self) -> None:
         new = self._new
@@ -2770,23 +2773,25 @@ class _FrameWriter:
     # -- scrolling
 
     def _scroll(self, rows: list[Row]) -> list[Row]:
-        """Scroll up if that saves much. Returns the rows that the terminal then shows."""
-        new, height = self._new, self._new.height
-        distance, count = _find_scroll(rows, new.rows)
+        """Scroll a part of the screen if that saves bytes. Returns the rows that the terminal then shows."""
+        top, bottom, distance = _find_scroll(rows, self._new.rows)
         if not distance:
             return rows
         self._set_pen(Codebook.DEFAULT)
-        bottom = distance + count - 1
-        if bottom < height - 1:
-            self._out.append(f"\x1b[1;{bottom + 1}r")
+        whole_screen = (top, bottom) == (0, self._new.height - 1)
+        if not whole_screen:
+            self._out.append(f"\x1b[{top + 1};{bottom + 1}r")
             self._position = (0, 0)
-        if self._position is None or self._position[0] != bottom:
-            self._move_hidden(bottom, 0)
-        self._out.append("\n" * distance)
-        if bottom < height - 1:
+        edge = bottom if distance > 0 else top
+        if self._position is None or self._position[0] != edge:
+            self._move_hidden(edge, 0)
+        self._out.append("\n" * distance if distance > 0 else "\x1bM" * -distance)
+        if not whole_screen:
             self._out.append("\x1b[r")
             self._position = (0, 0)
-        return rows[distance : bottom + 1] + [Row("", "", Codebook.DEFAULT)] * distance + rows[bottom + 1 :]
+        blank = [_BLANK_ROW] * abs(distance)
+        kept = rows[top + distance : bottom + 1] + blank if distance > 0 else blank + rows[top : bottom + 1 + distance]
+        return rows[:top] + kept + rows[bottom + 1 :]
 
     # -- cells
 
@@ -2938,24 +2943,48 @@ def _exclusive_mode(numbers: tuple[int, ...], old: int, new: int) -> str:
     return (_mode(old, False) if old else "") + _mode(new, True)
 
 
-def _find_scroll(old: list[Row], new: list[Row]) -> tuple[int, int]:
-    """Return (distance, count) if showing `count` old rows `distance` higher saves bytes, else (0, 0)."""
-    best, best_gain = (0, 0), 0
-    for distance in range(1, len(old)):
-        if old[distance] != new[0]:
-            continue
-        count = gain = 0
-        for before, after, in_place in zip(old[distance:], new, old):
-            if before != after:
-                break
-            count += 1
-            gain += len(after.text) + _MOVE_BYTES if in_place != after else 0
-        blanked = zip(old[count : count + distance], new[count : count + distance])
-        gain -= sum(len(row.text) + _MOVE_BYTES for row, after in blanked if row == after)
-        gain -= distance + (_SCROLL_BYTES if distance + count == len(old) else _SCROLL_REGION_BYTES)
+def _cost(shown: Row, wanted: Row) -> int:
+    """Return about how many bytes it takes to write a row over another."""
+    return 0 if shown is wanted or shown == wanted else _MOVE_BYTES + len(wanted.text)
+
+
+def _find_scroll(old: list[Row], new: list[Row]) -> tuple[int, int, int]:
+    """Return (top, bottom, distance) of the scroll that saves most bytes; distance 0 for none, below 0 for down.
+
+    Rows that have moved vote, by their length, for the distance they have moved; the winner is examined.
+    """
+    places = {row: i for i, row in enumerate(old) if row.text}
+    votes: dict[int, int] = {}
+    for i, row in enumerate(new):
+        if row is not old[i] and row != old[i] and row in places:
+            distance = places[row] - i
+            votes[distance] = votes.get(distance, 0) + _MOVE_BYTES + len(row.text)
+    if not votes:
+        return 0, 0, 0
+    distance = max(votes, key=lambda key: votes[key])
+    best, best_gain = (0, 0, 0), 0
+    for first, end in _matching_runs(old, new, distance):
+        top, bottom = (first, end - 1 + distance) if distance > 0 else (first + distance, end - 1)
+        vacated = range(end, bottom + 1) if distance > 0 else range(top, first)
+        gain = sum(_cost(old[i], new[i]) for i in range(first, end))
+        gain -= sum(_cost(_BLANK_ROW, new[i]) - _cost(old[i], new[i]) for i in vacated)
+        whole_screen = (top, bottom) == (0, len(old) - 1)
+        gain -= abs(distance) + (_SCROLL_BYTES if whole_screen else _SCROLL_REGION_BYTES)
         if gain > best_gain:
-            best, best_gain = (distance, count), gain
+            best, best_gain = (top, bottom, distance), gain
     return best
+
+
+def _matching_runs(old: list[Row], new: list[Row], distance: int) -> Iterator[tuple[int, int]]:
+    """Yield [first, end) of the longest runs of new rows that are old rows from `distance` further down."""
+    first: int | None = None
+    for i in range(len(new) + 1):
+        matches = i < len(new) and 0 <= i + distance < len(old) and new[i] == old[i + distance]
+        if matches and first is None:
+            first = i
+        elif not matches and first is not None:
+            yield first, i
+            first = None
 
 
 def _spans(changed: list[int], attrs: str) -> list[Position]:

@@ -133,3 +133,37 @@ def test_a_scroll_is_a_line_feed() -> None:
     before = sender.copy()
     sender.feed(b"\r\nnew")
     assert mosh.Display().frame(before.framebuffer, sender.framebuffer) == b"\n\rnew"
+
+
+SCROLLS = st.builds(
+    "\x1b[{};{}r\x1b[{}H\x1b[{}{}\x1b[r".format,
+    st.integers(1, 10),
+    st.integers(1, 10),
+    st.integers(1, 10),
+    st.integers(1, 3),
+    st.sampled_from("LMST"),
+)
+EDITS = st.builds("\x1b[{};{}H{}".format, st.integers(1, 10), st.integers(1, 20), st.sampled_from(["x", "\x1b[K", "\x1b[7mstatus"]))
+
+
+@settings(max_examples=300)
+@given(st.lists(SCROLLS | EDITS, max_size=4))
+def test_apply_diff_law_when_parts_of_the_screen_scroll(changes: list[str]) -> None:
+    sender = mosh.Emulator(30, 10)
+    sender.feed("\r\n".join(f"line number {i} of this file" for i in range(10)).encode())
+    before = sender.copy()
+    sender.feed("".join(changes).encode())
+    diff = mosh.Display().frame(before.framebuffer, sender.framebuffer)
+    receiver = _received(before, sender, diff)
+    assert vectors.shown(receiver.framebuffer) == vectors.shown(sender.framebuffer)
+
+
+@pytest.mark.parametrize("change", ["\x1b[3;20r\x1b[20;1H\nnew", "\x1b[3;20r\x1b[3;1H\x1bMnew", "\x1b[1;22r\x1b[5;1H\x1b[L", "\x1b[2M"])
+def test_a_scroll_inside_a_region_is_cheap_in_both_directions(change: str) -> None:
+    sender = mosh.Emulator(80, 24)
+    sender.feed("\r\n".join(f"{i}: the quick brown fox jumps over the lazy dog {i * i}" for i in range(24)).encode() + b"\x1b[5;1H")
+    before = sender.copy()
+    sender.feed(change.encode() + b"\x1b[r")
+    diff = mosh.Display().frame(before.framebuffer, sender.framebuffer)
+    assert len(diff) < 60
+    assert vectors.shown(_received(before, sender, diff).framebuffer) == vectors.shown(sender.framebuffer)
