@@ -162,7 +162,7 @@ class BootstrapError(MoshError):
 
 
 class UsageError(MoshError):
-    """The command line or the environment is wrong: one line, the usage hint, exit 2."""
+    """The command line or the environment is wrong: one line, the usage hint, exit 2 (1 in a server, as in stock)."""
 
 
 # ======================================================================================================================
@@ -1343,10 +1343,11 @@ RGB = 0x1000000  # a colour is None, a palette index 0..255, or RGB | red << 16 
 
 CLUSTER_LIMIT_BYTES = 32  # a cell that has reached this takes no more combining marks
 _NARROW_CLUSTERS, _WIDE_CLUSTERS = 0x100000, 0x108000  # code points for clusters: plane 16, one half each
-_CODES_PER_TABLE = 0x7FF0  # entries before unused ones are looked for
-_WRAP_BIT = 0x8000  # added to the rendition code of a row's last cell: the line goes on in the next row
-_SWEEP_EVERY = 2_048  # new entries that must pass between two sweeps of a full table
-assert _CODES_PER_TABLE <= _WRAP_BIT
+_CLUSTER_CODES = 0x7FF0  # per half
+_RENDITION_CODES = 0x7FFF0
+_WRAP_BIT = 0x80000  # added to the rendition code of a row's last cell: the line goes on in the next row
+_SWEEP_FROM = 4_096  # entries of a table before unused ones are looked for
+assert _RENDITION_CODES <= _WRAP_BIT
 
 
 class Rendition:
@@ -1363,6 +1364,12 @@ class Rendition:
     def key(self) -> tuple[int, int | None, int | None]:
         """All there is to it, for comparing."""
         return self.attributes, self.foreground, self.background
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Rendition) and self.key == other.key
+
+    def __hash__(self) -> int:
+        return hash((self.attributes, self.foreground, self.background))
 
     def sgr(self) -> str:
         """Return the control sequence that selects this rendition whatever was selected before."""
@@ -1390,27 +1397,58 @@ class Cell:
         self.wrap = wrap  # last cell of a line that goes on in the next row
 
 
+class _CodeTable:
+    """Names values by code points from `first` on, each value once."""
+
+    def __init__(self, first: int, capacity: int) -> None:
+        self.values: dict[str, Any] = {}
+        self._codes: dict[Any, str] = {}
+        self._numbers = range(first, first + capacity)
+        self._free = iter(self._numbers)
+        self._sweep_at = _SWEEP_FROM
+
+    def code(self, value: Any) -> str | None:
+        """Return the code point of `value`, None if it has none."""
+        return self._codes.get(value)
+
+    @property
+    def wants_sweep(self) -> bool:
+        """Whether so many values have been named that it is worth looking for unused ones."""
+        return len(self.values) >= self._sweep_at
+
+    def sweep(self, used: set[str]) -> None:
+        """Forget the values whose code points are not in `used`."""
+        for code in self.values.keys() - used:
+            del self._codes[self.values.pop(code)]
+        self._free = iter([number for number in self._numbers if chr(number) not in self.values])
+        self._sweep_at = max(_SWEEP_FROM, 2 * len(self.values))
+
+    def add(self, value: Any) -> str | None:
+        """Return a new code point for `value`, None if there is none left."""
+        number = next(self._free, None)
+        if number is None:
+            return None
+        code = chr(number)
+        self.values[code], self._codes[value] = value, code
+        return code
+
+
 class Codebook:
     """Names renditions and clusters by single code points, for all framebuffers of a session.
 
-    Both tables are bounded. A full one is swept: what no live framebuffer uses is dropped. If that frees nothing, new
-    renditions read as the default one and marks are not added to their cells; no program has come near that.
+    A table that has doubled is swept: what no live framebuffer uses is dropped, so its size is bounded by what is on
+    the screens. Should all code points be in use, new renditions read as the default one and new clusters as U+FFFD.
     """
 
     DEFAULT = "\0"  # the code of the default rendition
 
     def __init__(self) -> None:
-        self._renditions: dict[str, Rendition] = {}
-        self._rendition_codes: dict[tuple[int, int | None, int | None], str] = {}
-        self._clusters: dict[str, tuple[str, bool, bool]] = {}
-        self._cluster_codes: dict[tuple[str, bool, bool], str] = {}
-        self._holders: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
-        self._free: dict[int, Iterator[int]] = {
-            0: iter(range(_CODES_PER_TABLE)),
-            _NARROW_CLUSTERS: iter(range(_NARROW_CLUSTERS, _NARROW_CLUSTERS + _CODES_PER_TABLE)),
-            _WIDE_CLUSTERS: iter(range(_WIDE_CLUSTERS, _WIDE_CLUSTERS + _CODES_PER_TABLE)),
+        self._renditions = _CodeTable(0, _RENDITION_CODES)
+        self._clusters = {  # by whether they are wide; values are (contents, wide, fallback)
+            False: _CodeTable(_NARROW_CLUSTERS, _CLUSTER_CODES),
+            True: _CodeTable(_WIDE_CLUSTERS, _CLUSTER_CODES),
         }
-        self._until_sweep = 0
+        self._holders: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
         self._erased: dict[str, str] = {}
         self.selected: dict[tuple[str, str], str] = {}  # (pen, SGR parameters) to pen: programs repeat a few
         self.rendition_code(Rendition())
@@ -1419,22 +1457,31 @@ class Codebook:
         """`holder.codes_in_use()` yields strings whose code points a sweep has to keep, as long as it lives."""
         self._holders[id(holder)] = holder
 
+    def sweep_if_due(self) -> None:
+        """Drop what nobody uses. To be called when every code point in use is in a holder."""
+        tables = (self._renditions, *self._clusters.values())
+        if not any(table.wants_sweep for table in tables):
+            return
+        used = {self.DEFAULT}
+        for holder in list(self._holders.values()):
+            for codes in holder.codes_in_use():
+                used.update(codes)
+        used |= {without_wrap(code) for code in used}
+        for table in tables:
+            table.sweep(used)
+        self._erased.clear()
+        self.selected.clear()
+
     # -- renditions
 
     def rendition_code(self, rendition: Rendition) -> str:
         """Return the code point that stands for `rendition` in `attrs`."""
-        code = self._rendition_codes.get(rendition.key)
-        if code is None:
-            code = self._next_code(0)
-            if code is None:
-                return self.DEFAULT
-            self._rendition_codes[rendition.key] = code
-            self._renditions[code] = rendition
-        return code
+        return self._renditions.code(rendition) or self._renditions.add(rendition) or self.DEFAULT
 
     def rendition(self, code: str) -> Rendition:
         """Return the rendition that `code` stands for, with or without the wrap bit."""
-        return self._renditions.get(without_wrap(code)) or self._renditions[self.DEFAULT]
+        found: Rendition = self._renditions.values[without_wrap(code)]
+        return found
 
     def erased_code(self, pen: str) -> str:
         """Return the code of an erased cell under `pen`: its background and nothing else (back colour erase)."""
@@ -1453,25 +1500,18 @@ class Codebook:
         if len(contents) == 1 and not fallback and ord(contents) < _NARROW_CLUSTERS:
             if wide == (char_width(contents) == 2):
                 return contents
-        key = (contents, wide, fallback)
-        code = self._cluster_codes.get(key)
-        if code is None:
-            code = self._next_code(_WIDE_CLUSTERS if wide else _NARROW_CLUSTERS)
-            if code is None:
-                return INVALID_CHAR
-            self._cluster_codes[key] = code
-            self._clusters[code] = key
-        return code
+        table, value = self._clusters[wide], (contents, wide, fallback)
+        return table.code(value) or table.add(value) or INVALID_CHAR
 
     def contents(self, code: str) -> str:
         """Return what a cell shows: empty, or a character and its combining marks."""
         if ord(code) >= _NARROW_CLUSTERS:
-            return self._clusters.get(code, (INVALID_CHAR,))[0]
+            return str(self._clusters[ord(code) >= _WIDE_CLUSTERS].values[code][0])
         return "" if code == NUL else code
 
     def is_fallback(self, code: str) -> bool:
         """Return whether the cell's contents start with a combining mark."""
-        return ord(code) >= _NARROW_CLUSTERS and self._clusters.get(code, (0, 0, False))[2]
+        return ord(code) >= _NARROW_CLUSTERS and bool(self._clusters[ord(code) >= _WIDE_CLUSTERS].values[code][2])
 
     @staticmethod
     def is_wide(code: str) -> bool:
@@ -1479,33 +1519,6 @@ class Codebook:
         if ord(code) >= _NARROW_CLUSTERS:
             return ord(code) >= _WIDE_CLUSTERS
         return char_width(code) == 2
-
-    # -- bounds
-
-    def _next_code(self, table: int) -> str | None:
-        self._until_sweep -= 1
-        number = next(self._free[table], None)
-        if number is None and self._until_sweep <= 0:
-            self._sweep()
-            number = next(self._free[table], None)
-        return None if number is None else chr(number)
-
-    def _sweep(self) -> None:
-        used = {self.DEFAULT}
-        for holder in list(self._holders.values()):
-            for codes in holder.codes_in_use():
-                used.update(codes)
-        used |= {without_wrap(code) for code in used}
-        for code in self._renditions.keys() - used:
-            del self._rendition_codes[self._renditions.pop(code).key]
-        for code in self._clusters.keys() - used:
-            del self._cluster_codes[self._clusters.pop(code)]
-        self._erased.clear()
-        self.selected.clear()
-        for table in self._free:
-            taken = self._clusters if table else self._renditions
-            self._free[table] = (n for n in range(table, table + _CODES_PER_TABLE) if chr(n) not in taken)
-        self._until_sweep = _SWEEP_EVERY
 
 
 def with_wrap(code: str) -> str:
@@ -1520,7 +1533,7 @@ def without_wrap(code: str) -> str:
 
 def has_wrap(code: str) -> bool:
     """Return whether a rendition code has that mark."""
-    return chr(_WRAP_BIT) <= code <= "\uffff"
+    return code >= chr(_WRAP_BIT)
 
 
 def without_wraps(attrs: str) -> str:
@@ -2038,6 +2051,7 @@ class Emulator:
 
     def feed(self, data: bytes) -> None:
         """Take output of the program, cut anywhere."""
+        self.framebuffer.codebook.sweep_if_due()
         at = 0
         while len(data) - at >= _SKIP_FROM_BYTES:
             end = at + _SHORT_BYTES  # let a sequence that the last feed cut come to its end
@@ -2181,10 +2195,11 @@ class Emulator:
             row, col = framebuffer.cursor_row, framebuffer.cursor_col
             room = width - col
             piece = run[at : at + room]
-            if not self._limits()[0] <= row <= self._limits()[1]:
-                piece = run[at]  # outside the margins of origin mode: the first character pulls the cursor back in
+            within_margins = self._limits()[0] <= row <= self._limits()[1]
+            if not within_margins:
+                piece = run[at]  # in origin mode the first character pulls the cursor back in
             at += len(piece)
-            if not self.autowrap and len(piece) == room:
+            if not self.autowrap and within_margins and len(piece) == room:
                 piece, at = piece[:-1] + run[-1], len(run)  # the rest overwrites the last column, one after another
             if self.insert_mode:
                 framebuffer.rows[row] = framebuffer.rows[row].inserted(col, len(piece), width, framebuffer.erase_code)
@@ -2226,7 +2241,7 @@ class Emulator:
         row, col = framebuffer.cursor_row, framebuffer.cursor_col
         if self.insert_mode:
             self.ich((width,))
-        text, attrs = framebuffer.codebook.cell_code(char, width == 2, False), framebuffer.pen
+        text, attrs = framebuffer.codebook.cell_code(char, width == 2, fallback=False), framebuffer.pen
         if width == 2 and col + 1 < framebuffer.width:
             text, attrs = text + NUL, attrs + framebuffer.erase_code
         framebuffer.set_code(row, col, text, attrs)
@@ -2805,15 +2820,14 @@ class _FrameWriter:
         goes_on = has_wrap(attrs[-1])
         columns = self._new.visible_columns(text)
         changed = self._changed_columns(old, text, attrs, columns)
-        if wrapped and (not changed or changed[0] != 0):
-            changed.insert(0, 0)
         if goes_on and columns[-1] not in changed and not has_wrap(old.padded(width)[1][-1]):
             changed.append(columns[-1])
-        if wrapped:
-            self._position = (row, 0)
         attrs = without_wraps(attrs)
         tail = len(new.text) + (new.text != "" and self._book.is_wide(new.text[-1]))
-        tail = max(tail, int(wrapped))  # the cell that makes the terminal wrap has to be written
+        if wrapped:  # the first cell makes the terminal wrap; nothing but printing it will do
+            self._position = (row, 0)
+            self._put_cells(row, 0, 1, text, attrs)
+            changed = [col for col in changed if col > 0]
         erase_tail = self._is_erasable(new.fill)
         for start, end in _spans(changed, attrs):
             if end > tail and erase_tail:
@@ -3021,7 +3035,8 @@ def _spans(changed: list[int], attrs: str) -> list[Position]:
 
 ECHO_ACK_DELAY_MS = 50
 SIZE_LIMIT = 0xFFFF  # rows or columns; what the kernel's window size can hold
-EVENT_LIMIT = 1 << 20  # events kept for diffs; a peer that needs more is broken
+SCREEN_LIMIT_CELLS = 1 << 20  # what an end is willing to draw; five times a wall of 4K monitors
+EVENT_LIMIT = 2 * INSTRUCTION_LIMIT_BYTES  # events kept for diffs; a peer that needs more is broken
 CAPABILITIES: tuple[str, ...] = ()  # what this version can do beyond stock mosh
 
 
@@ -3101,12 +3116,11 @@ def _bytes_field(message: bytes, wanted: int) -> bytes:
 class _EventLog:
     """The events that all states of one user stream have in common, less a prefix that is no longer needed."""
 
-    __slots__ = ("events", "full", "start")
+    __slots__ = ("events", "start")
 
     def __init__(self) -> None:
         self.events: list[UserEvent] = []
         self.start = 0  # how many came before the first one kept
-        self.full = False  # the reader cannot take more at present
 
 
 class UserStream:
@@ -3138,9 +3152,10 @@ class UserStream:
         start = self._log.start
         return self._log.events[max(0, length - start) : self.length - start]
 
-    def refuse_more(self, full: bool) -> None:
-        """Refuse further events of the peer, which keeps and repeats them, while the reader is behind."""
-        self._log.full = full
+    @property
+    def backlog(self) -> int:
+        """How many events the peer may still lack."""
+        return len(self._log.events)
 
     # -- State
 
@@ -3170,8 +3185,6 @@ class UserStream:
                 events.append(Resize.decode(fields[USER_RESIZE]))
             elif HELLO in fields:
                 events.append(Hello.decode(fields[HELLO]))
-        if events and self._log.full:
-            raise PacketError("the program does not read its input; the peer will send it again")
         return self.with_events(events)
 
     def forget_before(self, base: UserStream) -> None:
@@ -3233,6 +3246,8 @@ class TerminalState:
                 new.emulator.feed(_bytes_field(fields[HOST_BYTES], HOST_STRING))
             elif HOST_RESIZE in fields:
                 size = Resize.decode(fields[HOST_RESIZE])
+                if size.width * size.height > SCREEN_LIMIT_CELLS:
+                    raise PacketError(f"a screen of {size.width}x{size.height} is out of range")
                 new.emulator.resize(size.width, size.height)
             elif HOST_ECHO_ACK in fields:
                 new._take_echo_ack(fields[HOST_ECHO_ACK])
@@ -3861,13 +3876,22 @@ def prefix_titles(screen: Framebuffer, prefix: str) -> None:
 # asks to be woken at `next_timeout`, and takes the time as an argument, so a whole session with both ends, a network
 # and a user runs in one process on a simulated clock. The shells below the I/O line only wait, feed, drain and draw.
 
-INPUT_LIMIT_BYTES = 1 << 20  # typed ahead for a program that does not read; beyond it the client has to keep it
+TYPED_LIMIT_EVENTS = 1 << 20  # typed or pasted but not acknowledged; beyond it the client's shell stops reading
+INPUT_LIMIT_BYTES = 4 << 20  # typed ahead for a program that does not read; a kernel's tty drops keys far earlier
+REPLY_LIMIT_BYTES = 1 << 16  # answers to a program that asks and does not read
 CONNECT_NOTICE_MS = 250  # a client without an answer says so after this
 CONNECT_LIMIT_MS = 15_000  # and gives up after this
 REPAINT_KEY = 0x0C  # Ctrl-L also repaints the local terminal
 SUSPEND_KEY = 0x1A
 DEFAULT_ESCAPE_KEY = 0x1E  # Ctrl-^
 TITLE_PREFIX = "[mosh] "
+
+# Synchronized output (DEC private mode 2026): a terminal that has it shows a frame only when all of it has arrived. It
+# is asked once (DECRQM); the answer comes in among the user's keys, and soon if at all.
+SYNCHRONIZED_OUTPUT_QUERY = b"\x1b[?2026$p"
+_SYNCHRONIZED_OUTPUT_REPLY = re.compile(rb"\x1b\[\?2026;([0-4])\$y")
+_CUT_OFF_REPLY = re.compile(rb"\x1b\[\?[0-9]{0,4}(?:;[0-4]?\$?)?\Z")  # no key sends the first three bytes
+_REPLY_LIMIT_MS = 5_000
 
 
 class ServerCore:
@@ -3910,7 +3934,6 @@ class ServerCore:
 
     def receive_datagram(self, data: bytes, source: Address, now: int, congested: bool = False) -> None:
         """Take in one datagram. Raises PacketError, which is only worth counting."""
-        self._refuse_input_if_full()
         self.transport.receive_datagram(data, source, now, congested)
         if self.transport.remote.num != self._user_num:
             self._take_user_state(now)
@@ -3918,7 +3941,9 @@ class ServerCore:
     def receive_host_output(self, data: bytes, now: int) -> None:
         """Take in what the program wrote."""
         self._emulator.feed(data)
-        self.host_input += self._emulator.take_replies()
+        replies = self._emulator.take_replies()
+        if len(self.host_input) < REPLY_LIMIT_BYTES:
+            self.host_input += replies
         self._changed = True
 
     def _take_user_state(self, now: int) -> None:
@@ -3946,18 +3971,16 @@ class ServerCore:
         if events:
             self._echo_pending.append((now + ECHO_ACK_DELAY_MS, remote.num))
             self._changed = True
-        self._refuse_input_if_full()
 
     def _feed_keys(self, keys: bytearray) -> None:
-        self.host_input += self._key_filter.filter(bytes(keys), self._emulator.application_cursor_keys)
+        filtered = self._key_filter.filter(bytes(keys), self._emulator.application_cursor_keys)
+        self.host_input += filtered[: max(0, INPUT_LIMIT_BYTES - len(self.host_input))]
         keys.clear()
 
     def _resize(self, resize: Resize) -> None:
-        self.size = (resize.width, resize.height)
+        width = min(resize.width, SCREEN_LIMIT_CELLS)
+        self.size = (width, min(resize.height, SCREEN_LIMIT_CELLS // width))
         self._emulator.resize(*self.size)
-
-    def _refuse_input_if_full(self) -> None:
-        self.transport.remote.state.refuse_more(len(self.host_input) > INPUT_LIMIT_BYTES)
 
     # -- bytes out
 
@@ -4095,7 +4118,10 @@ class ClientCore:
         self._in_command = False
         self._after_newline = False
         self.suspend_requested = False  # the shell takes it back once it has suspended
+        self._asks_terminal_until = now + _REPLY_LIMIT_MS  # from then on all input is the user's
+        self._cut_off_reply = b""
         # the user's screen
+        self._frame_marks = (b"", b"")  # around each frame
         self.engine = PredictionEngine(mode, overwrite, emulator.framebuffer.codebook)
         self.bar = NotificationBar(now, self._escape_key.name)
         self._title_prefix = title_prefix
@@ -4117,10 +4143,22 @@ class ClientCore:
         self.bar.last_acked_at = self.transport.last_acked_at
         self._observe()
 
+    def note_bad_datagram(self, error: PacketError, now: int) -> None:
+        """Tell the user why a datagram was dropped, while there is no session that it could only disturb."""
+        if self.is_connecting and self.phase is Phase.CONNECTING:
+            self.bar.set_message(f"Crypto exception: {error}", now)
+
+    def note_network_error(self, text: str, now: int) -> None:
+        """Tell the user that sending fails, unless something more important is being said."""
+        if self.phase in (Phase.CONNECTING, Phase.CONNECTED) and not self._in_command:
+            self.bar.set_network_error(text, now)
+
     def receive_keys(self, data: bytes, now: int) -> None:
         """Take in what the user typed, one read at a time: a long one is a paste and is not predicted."""
         if self.transport.phase in (Phase.CLOSING, Phase.CLOSED):
             return
+        if now < self._asks_terminal_until or self._cut_off_reply:
+            data = self._without_reply(data)
         self._observe()
         if len(data) > BULK_READ_BYTES:
             self.engine.reset()
@@ -4131,6 +4169,20 @@ class ClientCore:
             if not self._take_key(key, typed, now):
                 return
         self._push(typed, now)
+
+    def _without_reply(self, data: bytes) -> bytes:
+        """Take the terminal's answer to SYNCHRONIZED_OUTPUT_QUERY out of the user's keys."""
+        data = self._cut_off_reply + data
+        reply = _SYNCHRONIZED_OUTPUT_REPLY.search(data)
+        if reply:
+            self._asks_terminal_until, self._cut_off_reply = 0, b""
+            if reply[1] in (b"1", b"2"):  # it is set or reset, so it is there
+                self._frame_marks = (b"\x1b[?2026h", b"\x1b[?2026l")
+            return data[: reply.start()] + data[reply.end() :]
+        cut_off = _CUT_OFF_REPLY.search(data)
+        end = cut_off.start() if cut_off else len(data)
+        self._cut_off_reply = data[end:]
+        return data[:end]
 
     def resize(self, width: int, height: int, now: int) -> None:
         """The user's window has a new size; each is brought to at least 1."""
@@ -4197,7 +4249,7 @@ class ClientCore:
         prefix_titles(screen, self._title_prefix)
         frame = self._display.frame(self._shown, screen, known=self._shown_is_known)
         self._shown, self._shown_is_known, self._drawn_at = screen, True, now
-        return frame
+        return frame and self._frame_marks[0] + frame + self._frame_marks[1]
 
     def last_frame(self, now: int) -> bytes:
         """Return the frame to leave behind: no bar, no title prefix."""
@@ -4241,6 +4293,11 @@ class ClientCore:
             self.bar.set_message(f"Nothing received from server on UDP port {self._port}.", now)
 
     # -- queries
+
+    @property
+    def takes_keys(self) -> bool:
+        """Whether more keys may come; False while the server lacks too many of those that did."""
+        return self._stream.backlog < TYPED_LIMIT_EVENTS
 
     @property
     def is_connecting(self) -> bool:
@@ -4294,6 +4351,7 @@ if TYPE_CHECKING:
 # Each end is one loop: wait for a descriptor, a signal or the core's deadline; feed the core; send what it has to send.
 # `select` serves, since a loop watches a handful of descriptors and other pollers refuse some terminals on macOS.
 
+LONGEST_WAIT_MS = 3_600_000
 DATAGRAMS_PER_TURN = 64  # read at most this many before everything else has its turn
 _ECN_CAPABLE = 0x02  # IP TOS: ECT(0), RFC 3168
 _ECN_CONGESTED = 0x03
@@ -4323,7 +4381,7 @@ def write_all(descriptor: int, data: bytes) -> None:
             with selectors.SelectSelector() as selector:
                 selector.register(descriptor, selectors.EVENT_WRITE)
                 selector.select()
-        except (BrokenPipeError, OSError):
+        except OSError:
             return
 
 
@@ -4446,19 +4504,31 @@ class Waiter:
         self._selector = selectors.SelectSelector()
 
     def wait(self, readable: Iterable[Any], writable: Iterable[Any], deadline: int | None) -> set[Any]:
-        """Return those of the given objects (or descriptors) that are ready; empty once `deadline` (ms) is reached."""
+        """Return those of the given objects (or descriptors) that are ready; none at `deadline`, or now and then."""
         wanted: dict[Any, int] = dict.fromkeys(readable, selectors.EVENT_READ)
         for item in writable:
             wanted[item] = wanted.get(item, 0) | selectors.EVENT_WRITE
         for item, events in wanted.items():
             self._selector.register(item, events)
         try:
-            wait_ms = None if deadline is None else max(0, deadline - monotonic_ms())
-            ready = self._selector.select(None if wait_ms is None else wait_ms / 1000)
+            wait_ms = LONGEST_WAIT_MS if deadline is None else deadline - monotonic_ms()
+            ready = self._selector.select(max(0, min(wait_ms, LONGEST_WAIT_MS)) / 1000)
             return {key.fileobj for key, _ in ready}
         finally:
             for item in wanted:
                 self._selector.unregister(item)
+
+
+def open_standard_descriptors() -> None:
+    """Make sure that descriptors 0 to 2 exist, or the next one opened would be taken for one of them."""
+    while True:
+        descriptor = os.open(os.devnull, os.O_RDWR)
+        if descriptor > 2:
+            os.close(descriptor)
+            break
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "r" if number == 0 else "w", closefd=False))  # noqa: SIM115
 
 
 def own_program() -> list[str]:
@@ -4506,6 +4576,9 @@ def bind_server(options: ServerOptions) -> UdpSocket:
         places.insert(0, (family, options.bind_address))
     reason: OSError | None = None
     for family, host in places:
+        if not _is_numeric(host, family):
+            print(f"Error binding to IP {host}: Bad IP address ({host}); trying any address", file=sys.stderr)
+            continue
         for port in range(options.ports[0], options.ports[1] + 1):
             udp = None
             try:
@@ -4522,6 +4595,15 @@ def bind_server(options: ServerOptions) -> UdpSocket:
             print(f"Error binding to IP {host}: {reason}; trying any address", file=sys.stderr)
     ports = "-".join(map(str, sorted(set(options.ports))))
     raise BootstrapError(f"no UDP port in {ports} can be bound: {reason}")
+
+
+def _is_numeric(host: str, family: int) -> bool:
+    """Return whether `host` is an address and not a name, for which a server must not wait."""
+    try:
+        socket.getaddrinfo(host, 0, family, socket.SOCK_DGRAM, 0, socket.AI_NUMERICHOST)
+    except (socket.gaierror, UnicodeError):
+        return False
+    return True
 
 
 def use_utf8_locale(environ: MutableMapping[str, str], fallback: dict[str, str]) -> None:
@@ -4575,7 +4657,10 @@ def _password_entry_field(name: str, default: str) -> str:
 class Child:
     """The program on the pty. It waits until `release`, then execs."""
 
-    def __init__(self, options: ServerOptions, core_limit: tuple[int, int] | None, keep_closed: Sequence[Any]) -> None:
+    def __init__(
+        self, options: ServerOptions, size: tuple[int, int], core_limit: tuple[int, int] | None, close: Sequence[Any]
+    ) -> None:
+        """`core_limit`: what to restore for the program; `close`: what it must not inherit."""
         import pty  # 1 ms
 
         gate_reader, self._gate = os.pipe()
@@ -4583,13 +4668,14 @@ class Child:
         if self.pid == 0:
             try:
                 os.close(self._gate)
-                for item in keep_closed:
+                for item in close:
                     os.close(item.fileno())
                 _run_child(options, core_limit, gate_reader)
             finally:
                 os._exit(1)
         os.close(gate_reader)
         os.set_blocking(self.fd, False)
+        self.set_size(*size)
 
     def release(self) -> None:
         """Let the program start."""
@@ -4613,6 +4699,7 @@ def _run_child(options: ServerOptions, core_limit: tuple[int, int] | None, gate:
     """Become the user's program. Runs in the child; does not return unless it fails."""
     for number in (signal.SIGHUP, signal.SIGPIPE, signal.SIGINT, signal.SIGTERM, signal.SIGXFSZ):
         signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
     modes = termios.tcgetattr(0)
     modes[0] |= _IUTF8
     termios.tcsetattr(0, termios.TCSANOW, modes)
@@ -4626,7 +4713,7 @@ def _run_child(options: ServerOptions, core_limit: tuple[int, int] | None, gate:
     try:
         os.chdir(environ["HOME"])
     except OSError as error:
-        print(f"mosh-server: chdir to {environ['HOME']}: {error.strerror}", flush=True)
+        write_all(1, os.fsencode(f"mosh-server: chdir to {environ['HOME']}: {error.strerror}\r\n"))
     command = options.command
     program = command[0] if command else ""
     if not command:
@@ -4635,9 +4722,14 @@ def _run_child(options: ServerOptions, core_limit: tuple[int, int] | None, gate:
         if not os.path.exists(os.path.join(environ["HOME"], ".hushlogin")):
             _print_motd()
     try:
-        os.execvpe(program, command, environ)
+        try:
+            os.execvpe(program, command, environ)
+        except OSError as error:
+            if error.errno != errno.ENOEXEC:
+                raise
+            os.execve("/bin/sh", ["sh", program, *command[1:]], environ)  # a script that does not say by what to run it
     except OSError as error:
-        print(f"mosh-server: execvp: {program}: {error.strerror}", flush=True)
+        write_all(1, os.fsencode(f"mosh-server: execvp: {program}: {error.strerror}\r\n"))
         time.sleep(EXEC_FAILURE_PAUSE_S)
 
 
@@ -4824,7 +4916,7 @@ def serve(options: ServerOptions) -> int:
         print(f"\nmosh-server (mosh.py {__version__})\n\n[mosh-server detached, pid = {pid}]", file=sys.stderr)
         return 0
     _detach(keep_output=options.verbose > 0)
-    child = Child(options, core_limit, [udp])
+    child = Child(options, (width, height), core_limit, [udp])
     now = monotonic_ms()
     channel = Channel(make_cipher(key.raw), TO_CLIENT)
     del key
@@ -4848,7 +4940,7 @@ def _detach(keep_output: bool) -> None:
 def _logger(verbose: int) -> Callable[[str], None]:
     if not verbose:
         return lambda _text: None
-    return lambda text: print(f"[{monotonic_ms() % 100_000}] {text}", file=sys.stderr, flush=True)
+    return lambda text: write_all(2, os.fsencode(f"[{monotonic_ms() % 100_000}] {text}\n"))
 
 
 # ======================================================================================================================
@@ -4880,10 +4972,10 @@ class Terminfo:
             curses.setupterm(term or "unset", 1)
         except ImportError:
             return  # a Python without curses: the plainest capabilities do
-        except curses.error:
+        except (curses.error, ValueError):
             if term.startswith(_KNOWN_TERMINALS):
                 return  # only its terminfo entry is missing here
-            name = f'"{term}"' if term else "unset"
+            name = ascii(term) if term else "unset"
             raise BootstrapError(
                 f"the terminal type TERM is {name}, which this system does not know; try TERM=xterm-256color"
             ) from None
@@ -5014,9 +5106,11 @@ class ClientSockets:
 class Client:
     """The loop that joins a ClientCore with the user's terminal and the network."""
 
-    def __init__(self, core: ClientCore, terminal: RawTerminal) -> None:
+    def __init__(self, core: ClientCore, terminal: RawTerminal, *, asks: bool) -> None:
+        """`asks`: the terminal may be asked what it can do."""
         self._core = core
         self._terminal = terminal
+        self._asks = asks
         self._sockets = ClientSockets()
         self._signals = Signals(
             signal.SIGWINCH, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGPIPE, signal.SIGCONT
@@ -5025,27 +5119,34 @@ class Client:
 
     def run(self) -> None:
         """Run until the session has ended; the terminal is raw meanwhile."""
+        with self._terminal:
+            if self._asks:
+                write_all(1, SYNCHRONIZED_OUTPUT_QUERY)
+            self._serve()
+            write_all(1, self._core.last_frame(monotonic_ms()))
+
+    def close(self) -> None:
+        """Let go of everything but the terminal, which has been given back."""
+        self._sockets.close()
+        self._signals.close()
+
+    def _serve(self) -> None:
         waiter = Waiter()
         core = self._core
-        try:
-            while core.phase is not Phase.CLOSED:
-                self._draw()
-                self._send(monotonic_ms())
-                readable = [*self._sockets.all, self._signals] + [0] * self._stdin_open
-                ready = waiter.wait(readable, (), core.next_timeout())
-                now = monotonic_ms()
-                for udp in self._sockets.all:
-                    if udp in ready:
-                        self._receive(udp, now)
-                if core.transport.datagrams.may_close_old_ports(now):
-                    self._sockets.close_old()
-                if 0 in ready:
-                    self._read_keys(now)
-                self._check_signals(now)
-            write_all(1, core.last_frame(monotonic_ms()))
-        finally:
-            self._sockets.close()
-            self._signals.close()
+        while core.phase is not Phase.CLOSED:
+            self._draw()
+            self._send(monotonic_ms())
+            readable = [*self._sockets.all, self._signals] + [0] * (self._stdin_open and core.takes_keys)
+            ready = waiter.wait(readable, (), core.next_timeout())
+            now = monotonic_ms()
+            for udp in self._sockets.all:
+                if udp in ready:
+                    self._receive(udp, now)
+            if core.transport.datagrams.may_close_old_ports(now):
+                self._sockets.close_old()
+            if 0 in ready:
+                self._read_keys(now)
+            self._check_signals(now)
 
     def _draw(self) -> None:
         frame = self._core.frame_to_draw(monotonic_ms())
@@ -5060,8 +5161,10 @@ class Client:
             if received is None:
                 return
             data, source, congested = received
-            with contextlib.suppress(PacketError):  # the core has counted it
+            try:
                 self._core.receive_datagram(data, Candidate(udp.family, source), now, congested)
+            except PacketError as error:
+                self._core.note_bad_datagram(error, now)
 
     def _send(self, now: int) -> None:
         core = self._core
@@ -5080,7 +5183,7 @@ class Client:
                 if error.errno == errno.EMSGSIZE:
                     core.transport.datagrams.shrink_mtu()
         if failure is not None and not reached:
-            core.bar.set_network_error(f"sendto: {failure.strerror}", now)
+            core.note_network_error(f"sendto: {failure.strerror}", now)
         else:
             core.bar.network_works(now)
         if core.transport.datagrams.wants_new_port(now):
@@ -5126,13 +5229,24 @@ class Client:
             self._core.start_shutdown("Signal received, shutting down...", now)
 
 
-def run_client(key_text: str, candidates: Sequence[Candidate], port: int, options: ClientOptions) -> int:
+def run_client(
+    key: Key,
+    candidates: Sequence[Candidate],
+    port: int,
+    options: ClientOptions,
+    terminfo: Terminfo,
+    make_cipher: Callable[[bytes], Cipher],
+) -> int:
     """Run a session in this terminal. Returns the exit status: 0 if both ends agreed that it is over."""
     disable_core_dumps()
-    terminal = RawTerminal(Terminfo(os.environ.get("TERM", "")), options.init)
-    core = _make_client_core(key_text, candidates, port, options)
-    with terminal:
-        Client(core, terminal).run()
+    terminal = RawTerminal(terminfo, options.init)
+    channel = Channel(make_cipher(key.raw), TO_SERVER)
+    core = _make_client_core(channel, candidates, port, options, terminfo)
+    client = Client(core, terminal, asks=terminfo.title)
+    try:
+        client.run()
+    finally:
+        client.close()
     if core.is_connecting:
         places = " or ".join(f"{candidate}:{port}" for candidate in candidates)
         print(_NO_ANSWER.format(places=places, port=port), file=sys.stderr)
@@ -5157,9 +5271,9 @@ mosh did not shut down cleanly. Please note that the
 mosh-server process may still be running on the server."""
 
 
-def _make_client_core(key_text: str, candidates: Sequence[Candidate], port: int, options: ClientOptions) -> ClientCore:
-    terminfo = Terminfo(os.environ.get("TERM", ""))
-    channel = Channel(choose_cipher(os.environ.get("MOSH_CRYPTO", ""))(Key.from_text(key_text).raw), TO_SERVER)
+def _make_client_core(
+    channel: Channel, candidates: Sequence[Candidate], port: int, options: ClientOptions, terminfo: Terminfo
+) -> ClientCore:
     width, height = window_size(0)
     return ClientCore(
         channel,
@@ -5191,6 +5305,8 @@ REMOTE_IP_MODES = ("auto", "local", "remote", "proxy")
 FAMILIES = ("inet", "inet6", "auto", "all", "prefer-inet", "prefer-inet6")
 _FAMILY_NUMBERS = {"inet": socket.AF_INET, "inet6": socket.AF_INET6}
 _SSH_ADDRESS_WAIT_S = 10
+_LINE_LIMIT_BYTES = 1 << 16  # a longer line is no line of ours
+_WITHOUT_KEY = re.compile(r"MOSH CONNECT \S+ \S+")  # security: what looks like a key is not shown
 _PROXY_CHUNK_BYTES = 4096
 
 _REPORT_ADDRESS = r"""[ -n "$SSH_CONNECTION" ] && printf "\nMOSH SSH_CONNECTION %s\n" "$SSH_CONNECTION" """
@@ -5199,12 +5315,12 @@ _REPORT_ADDRESS = r"""[ -n "$SSH_CONNECTION" ] && printf "\nMOSH SSH_CONNECTION 
 # kind (csh, fish) would take for its own inside single quotes.
 _FIND_SERVER = (
     _REPORT_ADDRESS + r"; "
-    r'PATH="$PATH:$HOME/.local/bin:/usr/local/bin:/opt/homebrew/bin:/snap/bin"; '
-    r'for f in "$HOME/mosh.pyz" "$HOME/.local/bin/mosh.pyz" "$(command -v mosh.pyz)"; do '
+    r'p="$PATH:$HOME/.local/bin:/usr/local/bin:/opt/homebrew/bin:/snap/bin"; '
+    r'for f in "$HOME/mosh.pyz" "$HOME/.local/bin/mosh.pyz" "$(PATH="$p"; command -v mosh.pyz)"; do '
     r'if [ -f "$f" ] && python3 -c "import sys; sys.exit(sys.version_info < (3, 9))" 2>/dev/null; then '
     r'printf "MOSH SERVER python3 %s\n" "$f"; exec python3 "$f" server "$@"; fi; done; '
-    r'if command -v mosh-server >/dev/null 2>&1; then '
-    r'printf "MOSH SERVER %s\n" "$(command -v mosh-server)"; exec mosh-server "$@"; fi; '
+    r'f="$(PATH="$p"; command -v mosh-server)"; '
+    r'if [ -n "$f" ]; then printf "MOSH SERVER %s\n" "$f"; exec "$f" "$@"; fi; '
     r'printf "MOSH NOSERVER\n"; exit 127'
 )
 _NO_SERVER = """no server found on {host}. Looked for mosh.pyz in the home folder, ~/.local/bin and PATH,
@@ -5262,11 +5378,10 @@ def remote_command(options: LoginOptions, arguments: Sequence[str]) -> str:
 class Announcement:
     """What the lines of a starting server say."""
 
-    _CONNECT = re.compile(r"MOSH CONNECT (\d{1,5}) ([A-Za-z0-9/+]{22})\s*$", re.ASCII)
-    _CONNECTION = re.compile(r"MOSH SSH_CONNECTION (\S+) (\S+) (\S+) (\S+)\s*$")
-    _ADDRESS = re.compile(r"MOSH IP (\S+)\s*$")
-    _SERVER = re.compile(r"MOSH SERVER (.*?)\s*$")
-    _NONE = re.compile(r"MOSH NOSERVER\s*$")
+    _CONNECT = re.compile(r"MOSH CONNECT (\d{1,5}) ([A-Za-z0-9/+]{22})", re.ASCII)
+    _CONNECTION = re.compile(r"MOSH SSH_CONNECTION \S+ \S+ (\S+) \S+")
+    _ADDRESS = re.compile(r"MOSH IP (\S+)")
+    _SERVER = re.compile(r"MOSH SERVER (.*)")
 
     def __init__(self) -> None:
         self.port = 0
@@ -5281,23 +5396,28 @@ class Announcement:
         return bool(self.key)
 
     def take(self, line: str) -> bool:
-        """Take note of one line. Returns whether it was ours. Raises BootstrapError if it is ours and malformed."""
+        """Take note of one line. Returns whether it was ours. Raises BootstrapError if it is malformed."""
+        line = line.rstrip()
         if not line.startswith("MOSH "):
             return False
-        if match := self._CONNECT.match(line):
+        if match := self._CONNECT.fullmatch(line):
             self.port, self.key = int(match[1]), match[2]
-        elif match := self._CONNECTION.match(line):
-            self.address = self.address or match[3]
-        elif match := self._ADDRESS.match(line):
+        elif match := self._CONNECTION.fullmatch(line):
+            self.address = self.address or match[1]
+        elif match := self._ADDRESS.fullmatch(line):
+            if self.address:
+                raise BootstrapError("detected attempt to redefine MOSH IP")
             self.address = match[1]
-        elif match := self._SERVER.match(line):
+        elif match := self._SERVER.fullmatch(line):
             self.server = match[1]
-        elif self._NONE.match(line):
+        elif line == "MOSH NOSERVER":
             self.not_found = True
-        elif line.startswith("MOSH CONNECT "):  # security: it may hold a key, so it is not shown
-            raise BootstrapError("the server's MOSH CONNECT line is malformed")
+        elif line.startswith(("MOSH CONNECT ", "MOSH IP ", "MOSH SSH_CONNECTION ")):
+            raise BootstrapError(f"the host's {' '.join(line.split()[:2])} line is malformed")
         else:
             return False
+        if self.key and not 0 < self.port < 65536:
+            raise BootstrapError(f"the server announced port {self.port}, which cannot be")
         return True
 
 
@@ -5310,6 +5430,8 @@ def resolve(host: str, port: int, family: str) -> list[Candidate]:
         reason = error.strerror if isinstance(error, socket.gaierror) else "not a valid name"
         raise BootstrapError(f"could not resolve {host}: {reason}") from None
     unique = dict.fromkeys(Candidate(entry[0], entry[4]) for entry in found if entry[0] in _FAMILY_NAMES)
+    if family == "auto" and len({candidate.family for candidate in unique}) > 1:
+        raise BootstrapError(f"{host} has both IPv4 and IPv6 addresses, use --family to specify behavior")
     first = _FAMILY_NUMBERS.get(family.replace("prefer-", ""), 0)
     return sorted(unique, key=lambda candidate: candidate.family != first)
 
@@ -5339,12 +5461,13 @@ class Login:
         else:
             command = self._ssh_command()
         null, pipe = subprocess.DEVNULL, subprocess.PIPE
+        # security: ssh's stderr is read apart, since what a jump host or a banner says there must not start a session
         try:
             if not options.local and options.remote_ip == "auto":
                 lookup = [*options.ssh, "-G", options.host]
                 self._lookup = subprocess.Popen(lookup, stdin=null, stdout=pipe, stderr=null)
             self._process = subprocess.Popen(
-                command, stdin=null, stdout=pipe, stderr=subprocess.STDOUT, env=environ, cwd=directory
+                command, stdin=null, stdout=pipe, stderr=pipe, env=environ, cwd=directory
             )
         except OSError as error:
             raise BootstrapError(f"cannot run {command[0]}: {error.strerror}", SERVER_NOT_FOUND) from None
@@ -5377,29 +5500,39 @@ class Login:
     # -- what the far side says
 
     def _read_announcement(self) -> None:
-        assert self._process is not None and self._process.stdout is not None
-        announcement = self.announcement
-        pending = b""
-        while not announcement.complete:
-            chunk = os.read(self._process.stdout.fileno(), 4096)
-            *lines, pending = (pending + chunk).split(b"\n")
-            if not chunk:
-                lines.append(pending)
-            for line in lines:
-                self._take_line(line)
-            if not chunk:
-                break
-            if len(pending) > INSTRUCTION_LIMIT_BYTES:
-                raise BootstrapError("the host prints without end and without a line of ours")
-        if not announcement.complete:
-            self._explain(self._process.wait())
-        if self._options.verbose and announcement.server:
-            print(f"mosh: started {announcement.server}", file=sys.stderr)
+        """Read what ssh and the host say until the server has announced itself or both have finished."""
+        process = self._process
+        assert process is not None and process.stdout is not None and process.stderr is not None
+        protected = process.stdout.fileno()
+        pending = {protected: b"", process.stderr.fileno(): b""}  # the descriptors still open
+        waiter = Waiter()
+        while pending and not self.announcement.complete:
+            for descriptor in sorted(waiter.wait(pending, (), None), key=lambda ready: ready != protected):
+                chunk = os.read(descriptor, 4096)
+                *lines, rest = (pending[descriptor] + chunk).split(b"\n")
+                pending[descriptor] = rest
+                if not chunk or len(rest) > _LINE_LIMIT_BYTES:
+                    lines.append(rest)
+                    pending[descriptor] = b""
+                for line in lines:
+                    self._take_line(line, trusted=descriptor == protected)
+                if not chunk:
+                    del pending[descriptor]
+        if not self.announcement.complete:
+            self._explain(process.wait())
+        if self._options.verbose and self.announcement.server:
+            print(f"mosh: started {self.announcement.server}", file=sys.stderr)
 
-    def _take_line(self, line: bytes) -> None:
+    def _take_line(self, line: bytes, trusted: bool) -> None:
+        """Take note of a line, or show it. `trusted`: it came from the host itself, by the channel ssh protects."""
         text = line.decode("utf-8", "replace")
-        if not self.announcement.complete and not self.announcement.take(text) and text.strip():
-            print(text.rstrip("\r"), file=sys.stderr)
+        if self.announcement.complete:
+            return
+        if trusted or (self._options.remote_ip == "proxy" and text.startswith("MOSH IP ")):
+            if self.announcement.take(text):
+                return
+        if text.strip():
+            print(_WITHOUT_KEY.sub("MOSH CONNECT ...", text.rstrip()), file=sys.stderr)
 
     def _explain(self, status: int) -> None:
         """Say why there is no session. Always raises BootstrapError."""
@@ -5456,8 +5589,9 @@ class Login:
                 if process.poll() is None:
                     process.terminate()
                 process.wait()
-                if process.stdout is not None:
-                    process.stdout.close()
+                for pipe in (process.stdout, process.stderr):
+                    if pipe is not None:
+                        pipe.close()
 
 
 def fake_proxy(host: str, port: int, family: str) -> int:
@@ -5478,15 +5612,17 @@ def fake_proxy(host: str, port: int, family: str) -> int:
     sources = {0, connection.fileno()}
     while connection.fileno() in sources:
         for source in waiter.wait(sources, (), None):
-            data = os.read(source, _PROXY_CHUNK_BYTES)
-            if source == 0 and not data:
-                connection.shutdown(socket.SHUT_WR)
-            elif source == 0:
-                connection.sendall(data)
-            else:
-                write_all(1, data)
+            try:
+                data = os.read(source, _PROXY_CHUNK_BYTES)
+            except OSError:
+                data = b""
             if not data:
                 sources.discard(source)
+            if source != 0:
+                write_all(1, data)
+                continue
+            with contextlib.suppress(OSError):  # the far end has gone; reading from it will say so
+                connection.sendall(data) if data else connection.shutdown(socket.SHUT_WR)
     return 0
 
 
@@ -5502,7 +5638,14 @@ _USAGE_HINT = "Try 'mosh.pyz --help'."
 _VERSION_TEXT = f"mosh.py {__version__} (speaks the protocol of mosh 1.4.0)"
 _SERVER_USAGE = """usage: {program} new [-s] [-v] [-i ADDRESS] [-p PORT[:PORT2]] [-c COLORS] [-l NAME=VALUE]
        [-- COMMAND...]"""
-_CLIENT_USAGE = "usage: {program} [-v] IP PORT    (the key is in the environment as MOSH_KEY)\n       {program} -c"
+_CLIENT_USAGE = "usage: {program} IP PORT    (the key is in the environment as MOSH_KEY)\n       {program} -c"
+
+
+def parse_port(text: str) -> int:
+    """Parse one UDP or TCP port. Raises UsageError."""
+    if not re.fullmatch(r"\d{1,5}", text, re.ASCII) or int(text) > 65535:
+        raise UsageError(f"Bad UDP port ({text})")
+    return int(text)
 
 
 def parse_ports(text: str) -> tuple[int, int]:
@@ -5659,20 +5802,22 @@ def wrapper_main(words: Sequence[str]) -> int:
         print(_VERSION_TEXT)
         return 0
     if arguments.fake_proxy:
-        if len(arguments.proxy_target) != 2 or not arguments.proxy_target[1].isdigit():
+        if len(arguments.proxy_target) != 2:
             raise UsageError("--fake-proxy needs a host and a port")
-        return fake_proxy(arguments.proxy_target[0], int(arguments.proxy_target[1]), arguments.family)
+        host, port_text = arguments.proxy_target
+        return fake_proxy(host, parse_port(port_text), arguments.family)
     client_options = _client_options(arguments.predict, arguments.overwrite, arguments.init)
     login_options = _login_options(arguments)
     terminfo = Terminfo(os.environ.get("TERM", ""))
     RawTerminal(terminfo)  # it is better to learn now than after the login that this is no terminal
-    choose_cipher(os.environ.get("MOSH_CRYPTO", ""))
+    make_cipher = choose_cipher(os.environ.get("MOSH_CRYPTO", ""))
     login = Login(login_options, terminfo.colors)
     try:
         key_text, port, candidates = login.run()
         if arguments.client:
             _exec_client(arguments.client, key_text, candidates[0], port, client_options)
-        return run_client(key_text, candidates, port, client_options)
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # ssh ends by itself and need not be waited for
+        return run_client(Key.from_text(key_text), candidates, port, client_options, terminfo, make_cipher)
     finally:
         login.close()
 
@@ -5703,6 +5848,9 @@ def _short_options(words: Sequence[str], with_value: str, flags: str) -> Iterato
     queue = deque(words)
     while queue:
         word = queue.popleft()
+        if word == "--":
+            yield from (("", operand) for operand in queue)
+            return
         if not word.startswith("-") or word == "-":
             yield "", word
             continue
@@ -5792,18 +5940,19 @@ def client_main(program: str, words: Sequence[str]) -> int:
     if len(operands) != 2:
         raise UsageError(_CLIENT_USAGE.format(program=program))
     host, port_text = operands
-    if not re.fullmatch(r"\d{1,5}", port_text, re.ASCII) or int(port_text) > 65535:
-        raise UsageError(f"Bad UDP port ({port_text})")
+    port = parse_port(port_text)
     key_text = os.environ.pop("MOSH_KEY", None)
     if key_text is None:
         raise UsageError("MOSH_KEY environment variable not found.")
-    Key.from_text(key_text)
+    key = Key.from_text(key_text)
     try:
-        found = socket.getaddrinfo(host, int(port_text), 0, socket.SOCK_DGRAM, 0, socket.AI_NUMERICHOST)
+        found = socket.getaddrinfo(host, port, 0, socket.SOCK_DGRAM, 0, socket.AI_NUMERICHOST)
     except (socket.gaierror, UnicodeError):
         raise UsageError(f"Bad IP address ({host})") from None
     candidates = [Candidate(entry[0], entry[4]) for entry in found]
-    return run_client(key_text, candidates, int(port_text), _client_options(None, None, True))
+    terminfo = Terminfo(os.environ.get("TERM", ""))
+    make_cipher = choose_cipher(os.environ.get("MOSH_CRYPTO", ""))
+    return run_client(key, candidates, port, _client_options(None, None, True), terminfo, make_cipher)
 
 
 def _asks_for_text(words: Sequence[str], usage: str) -> bool:
@@ -5823,6 +5972,7 @@ def _asks_for_text(words: Sequence[str], usage: str) -> bool:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program. Returns its exit status; every error has become one clear text."""
+    open_standard_descriptors()
     words = list(sys.argv if argv is None else argv)
     program = os.path.basename(words[0])
     words = words[1:]
@@ -5843,6 +5993,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.status
     except MoshError as error:
         print(f"mosh: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            print(f"mosh: {error.strerror or error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
