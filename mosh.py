@@ -472,10 +472,12 @@ def check_cipher(make: Callable[[bytes], Cipher]) -> None:
 
 def choose_cipher(wanted: str = "") -> Callable[[bytes], Cipher]:
     """Return the first backend that works, or the one named `wanted`. Raises BootstrapError naming every reason."""
+    names = [make.name for make in CIPHERS]  # type: ignore[attr-defined]
+    if wanted not in ("", *names):
+        raise BootstrapError(f"MOSH_CRYPTO is {wanted!a}; it can be {' or '.join(names)}")
     reasons = []
     for attempt in ("as started", "with site-packages"):
-        for make in CIPHERS:
-            name = make.name  # type: ignore[attr-defined]
+        for name, make in zip(names, CIPHERS):
             if wanted not in ("", name):
                 continue
             try:
@@ -1035,7 +1037,6 @@ class Transport(Generic[Local, Remote]):
         self._fragmenter = Fragmenter()
         self._assembly = FragmentAssembly()
         self._random_bytes = random_bytes
-        self._last_ack_sent = False  # the peer is shutting down and has been told that we know
 
     # -- bytes in
 
@@ -1083,9 +1084,9 @@ class Transport(Generic[Local, Remote]):
         out = [self.datagrams.seal(fragment.encode(), now) for fragment in fragments]
         self.stats["sent"] += len(out)
         self.stats["bytes_sent"] += sum(map(len, out))
-        if instruction.ack_num == LAST_STATE_NUM:
-            self._last_ack_sent = True
         self.sender.update_timers(now)
+        if instruction.ack_num == LAST_STATE_NUM:
+            self._close(clean=True)  # the peer hears that we know or it does not; neither waits for the other
         return out
 
     # -- timers
@@ -1101,9 +1102,7 @@ class Transport(Generic[Local, Remote]):
 
     def _check_shutdown(self, now: int) -> None:
         sender = self.sender
-        if self._last_ack_sent:
-            self._close(clean=True)  # the peer heard it or it did not; it does not wait for us, nor we for it
-        elif sender.shutdown_at is not None and (
+        if sender.shutdown_at is not None and (
             sender.shutdown_tries >= SHUTDOWN_TRIES or now - sender.shutdown_at >= SHUTDOWN_MS
         ):
             self._close(clean=False)
@@ -4747,11 +4746,10 @@ def _print_motd() -> None:
 def _seconds_from_environment(name: str) -> int:
     """Return a timeout variable in seconds, 0 if it is unset or no good, which is said."""
     text = os.environ.get(name, "")
-    try:
-        seconds = int(text) if text else 0
-    except ValueError:
+    if text and not re.fullmatch(r"-?[0-9]{1,15}", text):
         print(f"{name} not a valid integer, ignoring", file=sys.stderr)
         return 0
+    seconds = int(text or 0)
     if seconds < 0:
         print(f"{name} is negative, ignoring", file=sys.stderr)
     return max(0, seconds)
@@ -4760,15 +4758,23 @@ def _seconds_from_environment(name: str) -> int:
 class Server:
     """The loop that joins a ServerCore with its pty and its socket."""
 
-    def __init__(self, core: ServerCore, udp: UdpSocket, child: Child, now: int, log: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        core: ServerCore,
+        udp: UdpSocket,
+        child: Child,
+        now: int,
+        log: Callable[[str], None],
+        timeouts_s: tuple[int, int],
+    ) -> None:
+        """`timeouts_s`: how long a silent network ends the session, and how long lets SIGUSR1 end it; 0 for neither."""
         self._core = core
         self._udp = udp
         self._child = child
         self._log = log
         self._signals = Signals(signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
         self._started_at = now
-        self._network_timeout_ms = 1000 * _seconds_from_environment("MOSH_SERVER_NETWORK_TMOUT")
-        self._signal_timeout_ms = 1000 * _seconds_from_environment("MOSH_SERVER_SIGNAL_TMOUT")
+        self._network_timeout_ms, self._signal_timeout_ms = (1000 * seconds for seconds in timeouts_s)
         self._pty_open = True
         self._running = True
         self._size = core.size
@@ -4902,6 +4908,8 @@ def serve(options: ServerOptions) -> int:
     core_limit = disable_core_dumps()
     make_cipher = choose_cipher(os.environ.get("MOSH_CRYPTO", ""))
     use_utf8_locale(os.environ, options.locale)
+    network_timeout_s = _seconds_from_environment("MOSH_SERVER_NETWORK_TMOUT")
+    signal_timeout_s = _seconds_from_environment("MOSH_SERVER_SIGNAL_TMOUT")
     udp = bind_server(options)
     key = Key(os.urandom(KEY_BYTES))
     if os.isatty(0):
@@ -4922,7 +4930,7 @@ def serve(options: ServerOptions) -> int:
     del key
     mtu_bytes = MTU_BYTES[_FAMILY_NAMES[socket.AddressFamily(udp.family)]]
     core = ServerCore(channel, now, width=width, height=height, random_bytes=os.urandom, mtu_bytes=mtu_bytes)
-    Server(core, udp, child, now, _logger(options.verbose)).run()
+    Server(core, udp, child, now, _logger(options.verbose), (network_timeout_s, signal_timeout_s)).run()
     return 0
 
 
@@ -5133,9 +5141,11 @@ class Client:
     def _serve(self) -> None:
         waiter = Waiter()
         core = self._core
-        while core.phase is not Phase.CLOSED:
+        while True:
             self._draw()
             self._send(monotonic_ms())
+            if core.phase is Phase.CLOSED:
+                return
             readable = [*self._sockets.all, self._signals] + [0] * (self._stdin_open and core.takes_keys)
             ready = waiter.wait(readable, (), core.next_timeout())
             now = monotonic_ms()
@@ -5382,6 +5392,7 @@ class Announcement:
     _CONNECTION = re.compile(r"MOSH SSH_CONNECTION \S+ \S+ (\S+) \S+")
     _ADDRESS = re.compile(r"MOSH IP (\S+)")
     _SERVER = re.compile(r"MOSH SERVER (.*)")
+    _OURS = re.compile(r"MOSH\s+(CONNECT|IP|SSH_CONNECTION)\s+\S")
 
     def __init__(self) -> None:
         self.port = 0
@@ -5400,7 +5411,8 @@ class Announcement:
         line = line.rstrip()
         if not line.startswith("MOSH "):
             return False
-        if match := self._CONNECT.fullmatch(line):
+        match = self._CONNECT.fullmatch(line)
+        if match and 0 < int(match[1]) < 65536:
             self.port, self.key = int(match[1]), match[2]
         elif match := self._CONNECTION.fullmatch(line):
             self.address = self.address or match[1]
@@ -5412,12 +5424,10 @@ class Announcement:
             self.server = match[1]
         elif line == "MOSH NOSERVER":
             self.not_found = True
-        elif line.startswith(("MOSH CONNECT ", "MOSH IP ", "MOSH SSH_CONNECTION ")):
-            raise BootstrapError(f"the host's {' '.join(line.split()[:2])} line is malformed")
+        elif match := self._OURS.match(line):
+            raise BootstrapError(f"the MOSH {match[1]} line of the host is malformed")
         else:
             return False
-        if self.key and not 0 < self.port < 65536:
-            raise BootstrapError(f"the server announced port {self.port}, which cannot be")
         return True
 
 
@@ -5641,10 +5651,10 @@ _SERVER_USAGE = """usage: {program} new [-s] [-v] [-i ADDRESS] [-p PORT[:PORT2]]
 _CLIENT_USAGE = "usage: {program} IP PORT    (the key is in the environment as MOSH_KEY)\n       {program} -c"
 
 
-def parse_port(text: str) -> int:
+def parse_port(text: str, complaint: str = "Bad UDP port") -> int:
     """Parse one UDP or TCP port. Raises UsageError."""
     if not re.fullmatch(r"\d{1,5}", text, re.ASCII) or int(text) > 65535:
-        raise UsageError(f"Bad UDP port ({text})")
+        raise UsageError(f"{complaint} ({text})")
     return int(text)
 
 
@@ -5728,6 +5738,8 @@ def _normalize(parser: argparse.ArgumentParser, words: Sequence[str]) -> list[st
     out = []
     for word in words:
         dashes, name, value = re.fullmatch(r"(-*)([^=]*)(.*)", word, re.DOTALL).groups()  # type: ignore[union-attr]
+        if value == "=--":  # argparse would take the dashes away and leave no value
+            raise UsageError(f"{dashes}{name} needs a value")
         if dashes == "-" and "--" + name.lower() in known and len(name) > 1:
             dashes = "--"
         out.append(dashes + (name.lower() if dashes == "--" else name) + value)
@@ -5805,7 +5817,7 @@ def wrapper_main(words: Sequence[str]) -> int:
         if len(arguments.proxy_target) != 2:
             raise UsageError("--fake-proxy needs a host and a port")
         host, port_text = arguments.proxy_target
-        return fake_proxy(host, parse_port(port_text), arguments.family)
+        return fake_proxy(host, parse_port(port_text, "--fake-proxy: bad port"), arguments.family)
     client_options = _client_options(arguments.predict, arguments.overwrite, arguments.init)
     login_options = _login_options(arguments)
     terminfo = Terminfo(os.environ.get("TERM", ""))
@@ -5997,6 +6009,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         with contextlib.suppress(OSError):
             print(f"mosh: {error.strerror or error}", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what could not be written must not fail again at exit
         return 1
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
