@@ -81,8 +81,8 @@ $(VENV)/.tools: tests/requirements.txt | $(VENV)/bin/python
 	@touch $@ $(VENV)/.wcwidth
 
 # The programs that tests run ours against. Root on Debian gets them; elsewhere the tests that need one say so and skip.
-PEERS := mosh-server mosh-client sshd ssh tmux vim nano $(if $(wildcard /etc/debian_version),locale-gen)
-PEER_PACKAGES := mosh openssh-server openssh-client tmux vim nano locales
+PEERS := mosh-server mosh-client sshd ssh tmux vim nano zsh fish tcsh ksh mksh $(if $(wildcard /etc/debian_version),locale-gen)
+PEER_PACKAGES := mosh openssh-server openssh-client tmux vim nano locales zsh fish tcsh ksh mksh
 
 peers:
 	@PATH="$$PATH:/usr/sbin:/sbin"; \

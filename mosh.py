@@ -27,7 +27,7 @@ The file reads from top to bottom; a section uses only sections above it. Search
  13. Synchronized states -- user stream (keys, resizes) and terminal state (screen, echo ack)
  14. Prediction and overlays -- prediction engine, notification bar, title
  15. Cores -- ServerCore and ClientCore: each end complete but for I/O
- ---- the I/O line: only below it are clocks, entropy, sockets, ptys, signals, processes and printing ----
+ ---- the I/O line: only below it are clocks, entropy, sockets, ptys, signals, processes and printing
  16. Outside world -- monotonic clock, UDP sockets, selector loop, signals
  17. Server -- pty, child process, detaching, timeouts
  18. Client -- raw mode, suspend and resume, drawing
@@ -205,24 +205,22 @@ def encode_field(number: int, value: int | bytes) -> bytes:
 
 
 def decode_fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """Yield (number, value) for each field: int for a varint, bytes for all else. Raises PacketError when malformed."""
+    """Yield (number, value) per field: int for a varint, bytes for a length-delimited one. Raises PacketError."""
     at = 0
     while at < len(data):
         tag, at = decode_varint(data, at)
         number, wire_type = tag >> 3, tag & 7
+        if number == 0 or wire_type not in (_VARINT, _BYTES, *_FIXED_SIZE):
+            raise PacketError(f"protobuf tag {tag} is not supported")
         if wire_type == _VARINT:
             value, at = decode_varint(data, at)
             yield number, value
             continue
-        if wire_type == _BYTES:
-            size, at = decode_varint(data, at)
-        elif wire_type in _FIXED_SIZE:
-            size = _FIXED_SIZE[wire_type]
-        else:
-            raise PacketError(f"protobuf wire type {wire_type} is not supported")
-        if number == 0 or size > len(data) - at:
+        size, at = (_FIXED_SIZE[wire_type], at) if wire_type in _FIXED_SIZE else decode_varint(data, at)
+        if size > len(data) - at:
             raise PacketError("protobuf field is cut short")
-        yield number, data[at : at + size]
+        if wire_type == _BYTES:
+            yield number, data[at : at + size]
         at += size
 
 
@@ -1403,7 +1401,7 @@ class _CodeTable:
         self.values: dict[str, Any] = {}
         self._codes: dict[Any, str] = {}
         self._numbers = range(first, first + capacity)
-        self._free = iter(self._numbers)
+        self._free: Iterator[int] = iter(self._numbers)
         self._sweep_at = _SWEEP_FROM
 
     def code(self, value: Any) -> str | None:
@@ -1419,7 +1417,7 @@ class _CodeTable:
         """Forget the values whose code points are not in `used`."""
         for code in self.values.keys() - used:
             del self._codes[self.values.pop(code)]
-        self._free = iter([number for number in self._numbers if chr(number) not in self.values])
+        self._free = (number for number in self._numbers if chr(number) not in self.values)
         self._sweep_at = max(_SWEEP_FROM, 2 * len(self.values))
 
     def add(self, value: Any) -> str | None:
@@ -2233,8 +2231,9 @@ class Emulator:
     def _print_one(self, char: str, width: int) -> None:
         """Print a character of width 1 or 2."""
         framebuffer = self.framebuffer
-        self._wrap_if_pending()
-        if self.autowrap and width == 2 and framebuffer.cursor_col == framebuffer.width - 1:
+        if self.autowrap and self.wrap_pending:
+            self._wrap()
+        elif self.autowrap and width == 2 and framebuffer.cursor_col == framebuffer.width - 1:
             framebuffer.erase(framebuffer.cursor_row, framebuffer.cursor_col, framebuffer.width)
             self.nel()
         row, col = framebuffer.cursor_row, framebuffer.cursor_col
@@ -2260,10 +2259,6 @@ class Emulator:
             self._advance(1)  # a mark on an empty cell stands for itself
         if len(contents.encode("utf-8", "replace")) < CLUSTER_LIMIT_BYTES:
             framebuffer.set_code(row, col, book.cell_code(contents + mark, book.is_wide(text), fallback), attr)
-
-    def _wrap_if_pending(self) -> None:
-        if self.wrap_pending and self.autowrap:
-            self._wrap()
 
     def _wrap(self) -> None:
         framebuffer = self.framebuffer
@@ -2310,14 +2305,13 @@ class Emulator:
 
     def _step_rows(self, count: int) -> None:
         """Move down (up if negative), scrolling at the margins of the scrolling region."""
-        framebuffer = self.framebuffer
-        row, target = framebuffer.cursor_row, framebuffer.cursor_row + count
-        top, bottom = self.region_top, self.region_bottom
-        if top <= row <= bottom and not top <= target <= bottom:
-            nearest = bottom if target > bottom else top
-            framebuffer.scroll_rows(top, bottom, target - nearest)
-            target = nearest
-        self._go(row=target)
+        row, top, bottom = self.framebuffer.cursor_row, self.region_top, self.region_bottom
+        if top <= row <= bottom:
+            over = max(0, row + count - bottom) or min(0, row + count - top)
+            if over:
+                self.framebuffer.scroll_rows(top, bottom, over)
+                self._go(row=row - over)
+        self._go(row=self.framebuffer.cursor_row + count)
 
     # -- C0 and C1 controls
 
@@ -2420,6 +2414,7 @@ class Emulator:
         else:
             stops = sorted((stop for stop in self.tab_stops if stop < col), reverse=True)
             framebuffer.cursor_col = stops[-count - 1] if -count <= len(stops) else 0
+        self._snap()
         self.combining_row, self.combining_col = framebuffer.cursor_row, framebuffer.cursor_col
 
     # -- control sequences: erasing, inserting, deleting, scrolling
@@ -4241,6 +4236,7 @@ class ClientCore:
 
     def frame_to_draw(self, now: int) -> bytes:
         """Return what to write to the user's terminal, empty if it is up to date."""
+        self._update_notices(now)
         screen = self.transport.remote.state.framebuffer.copy()
         self.engine.cull(screen, now)
         self.engine.apply(screen)
@@ -4288,7 +4284,7 @@ class ClientCore:
             return
         if waited_ms > CONNECT_LIMIT_MS:
             self.start_shutdown("Timed out waiting for server...", now)
-        elif waited_ms > CONNECT_NOTICE_MS:
+        elif waited_ms > CONNECT_NOTICE_MS and not self._in_command:
             self.bar.set_message(f"Nothing received from server on UDP port {self._port}.", now)
 
     # -- queries
@@ -4325,7 +4321,7 @@ class ClientCore:
 
 
 # ======================================================================================================================
-# -- The I/O line: only below it are clocks, entropy, sockets, ptys, signals, processes, environment and printing.
+# -- The I/O line: only below it are clocks, entropy, sockets, ptys, signals, processes and printing
 # ======================================================================================================================
 
 import contextlib  # noqa: E402
@@ -4609,9 +4605,6 @@ def use_utf8_locale(environ: MutableMapping[str, str], fallback: dict[str, str])
     """Make the child's locale a UTF-8 one: the native, else the client's, else the nearest there is."""
     import locale  # 3 ms
 
-    if environ.get("LC_CTYPE") in _COERCED_LOCALES and environ.get("LANG", "C") in ("", "C", "POSIX"):
-        del environ["LC_CTYPE"]  # this Python's own doing, which would keep the client's wish from being asked
-
     def is_utf8() -> bool:
         try:
             locale.setlocale(locale.LC_CTYPE, "")
@@ -4619,7 +4612,12 @@ def use_utf8_locale(environ: MutableMapping[str, str], fallback: dict[str, str])
             return False
         return locale.nl_langinfo(locale.CODESET).lower() in ("utf-8", "utf8")
 
+    coerced = environ.get("LC_CTYPE", "")
+    if coerced in _COERCED_LOCALES:  # perhaps this Python's own doing, which would hide the client's wish
+        del environ["LC_CTYPE"]
     if is_utf8():
+        if coerced in _COERCED_LOCALES:
+            environ["LC_CTYPE"] = coerced  # Python would have left a UTF-8 locale alone: it was the user
         return
     wanted = fallback.get("LC_ALL") or fallback.get("LC_CTYPE") or fallback.get("LANG") or environ.get("LANG", "")
     for name in LOCALE_VARIABLES:
@@ -5358,8 +5356,8 @@ class LoginOptions:
 
 
 def shell_quote(word: str) -> str:
-    """Return `word` as one word for any shell."""
-    return "'" + word.replace("'", "'\\''") + "'"
+    """Return `word` as one word for any shell; even in single quotes fish minds backslashes, csh exclamation marks."""
+    return "'" + re.sub(r"(['\\!])", r"'\\\1'", word) + "'"
 
 
 def server_arguments(options: LoginOptions, colors: int, environ: MutableMapping[str, str]) -> list[str]:
@@ -5397,9 +5395,15 @@ class Announcement:
     def __init__(self) -> None:
         self.port = 0
         self.key = ""
-        self.address = ""  # the server's side of the ssh connection, or what the proxy connected to
+        self.proxy_address = ""  # what our ProxyCommand connected to
+        self.ssh_address = ""  # the server's side of the ssh connection, as the host sees it
         self.server = ""  # what was started, where we searched
         self.not_found = False
+
+    @property
+    def address(self) -> str:
+        """Where the login got to, empty if unknown."""
+        return self.proxy_address or self.ssh_address
 
     @property
     def complete(self) -> bool:
@@ -5415,11 +5419,11 @@ class Announcement:
         if match and 0 < int(match[1]) < 65536:
             self.port, self.key = int(match[1]), match[2]
         elif match := self._CONNECTION.fullmatch(line):
-            self.address = self.address or match[1]
+            self.ssh_address = self.ssh_address or match[1]
         elif match := self._ADDRESS.fullmatch(line):
-            if self.address:
+            if self.proxy_address:
                 raise BootstrapError("detected attempt to redefine MOSH IP")
-            self.address = match[1]
+            self.proxy_address = match[1]
         elif match := self._SERVER.fullmatch(line):
             self.server = match[1]
         elif line == "MOSH NOSERVER":
@@ -5467,7 +5471,7 @@ class Login:
             command = self._local_command()
             environ.pop("SSH_CONNECTION", None)
             directory = environ.get("HOME")
-            self.announcement.address = options.host
+            self.announcement.proxy_address = options.host
         else:
             command = self._ssh_command()
         null, pipe = subprocess.DEVNULL, subprocess.PIPE
@@ -5503,7 +5507,7 @@ class Login:
         elif options.remote_ip == "local":
             user, at, name = host.rpartition("@")
             address = resolve(name, 22, options.family)[0]
-            self.announcement.address = str(address)
+            self.announcement.proxy_address = str(address)
             host = user + at + str(address)
         return [*options.ssh, "-n", *extra, host, "--", remote_command(options, self._arguments)]
 
@@ -5528,6 +5532,9 @@ class Login:
                     self._take_line(line, trusted=descriptor == protected)
                 if not chunk:
                     del pending[descriptor]
+        if self._options.remote_ip == "proxy" and waiter.wait(pending.keys() - {protected}, (), 0):
+            for line in os.read(process.stderr.fileno(), 4096).split(b"\n"):
+                self._take_line(line, trusted=False)
         if not self.announcement.complete:
             self._explain(process.wait())
         if self._options.verbose and self.announcement.server:
@@ -5536,12 +5543,10 @@ class Login:
     def _take_line(self, line: bytes, trusted: bool) -> None:
         """Take note of a line, or show it. `trusted`: it came from the host itself, by the channel ssh protects."""
         text = line.decode("utf-8", "replace")
-        if self.announcement.complete:
+        from_proxy = self._options.remote_ip == "proxy" and text.startswith("MOSH IP ") and not trusted
+        if (from_proxy or (trusted and not self.announcement.complete)) and self.announcement.take(text):
             return
-        if trusted or (self._options.remote_ip == "proxy" and text.startswith("MOSH IP ")):
-            if self.announcement.take(text):
-                return
-        if text.strip():
+        if text.strip() and not self.announcement.complete:
             print(_WITHOUT_KEY.sub("MOSH CONNECT ...", text.rstrip()), file=sys.stderr)
 
     def _explain(self, status: int) -> None:

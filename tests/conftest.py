@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import pytest
+from hypothesis import settings
 
 import peers
 from peers import PAIRS, Pair
@@ -24,6 +25,11 @@ def pytest_configure(config: pytest.Config) -> None:
     """Declare the markers, so that a misspelt one is an error under --strict-markers."""
     config.addinivalue_line("markers", "live: drives real programs over loopback; leave out with -m 'not live'")
     config.addinivalue_line("markers", "long: waits out a real timeout of many seconds; leave out with -m 'not long'")
+
+
+# How long an example takes says nothing on a machine that runs live sessions beside it.
+settings.register_profile("mosh", deadline=None)
+settings.load_profile("mosh")
 
 
 def require(program: str) -> str:

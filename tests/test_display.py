@@ -55,7 +55,7 @@ def test_stock_vector_gives_the_same_screen_in_no_more_bytes(vector: vectors.Vec
     blank = mosh.Emulator(vector["cols"], vector["rows"])
     receiver = _received(blank, a, mosh.Display().frame(blank.framebuffer, a.framebuffer))
     receiver = _received(receiver, b, diff)
-    assert vectors.shown(receiver.framebuffer) == vectors.shown(b.framebuffer) | _untold(vector, b)
+    assert vectors.shown(receiver.framebuffer) == vectors.shown(b.framebuffer) | _untold(vector)
     stock_defect = "receiver_cursor" in vector or "receiver_screen" in vector
     assert stock_defect or len(diff) <= len(bytes.fromhex(vector["diff_hex"]))
 
@@ -71,7 +71,7 @@ def test_the_first_frame_on_a_users_terminal() -> None:
     assert len(frame) <= len(bytes.fromhex(vector["diff_hex"]))
 
 
-def _untold(vector: vectors.Vector, b: mosh.Emulator) -> dict[str, object]:
+def _untold(vector: vectors.Vector) -> dict[str, object]:
     return {} if vector.get("title", True) else {"window_title": ""}
 
 
@@ -93,7 +93,11 @@ def test_apply_diff_law_across_a_resize(first: bytes, second: bytes, width: int,
     sender = mosh.Emulator(11, 5)
     sender.feed(first)
     before = sender.copy()
-    receiver = _received(mosh.Emulator(11, 5), before, mosh.Display().frame(mosh.Emulator(11, 5, before.framebuffer.codebook).framebuffer, before.framebuffer))
+    receiver = _received(
+        mosh.Emulator(11, 5),
+        before,
+        mosh.Display().frame(mosh.Emulator(11, 5, before.framebuffer.codebook).framebuffer, before.framebuffer),
+    )
     sender.resize(width, height)
     sender.feed(second)
     receiver = _received(receiver, sender, mosh.Display().frame(before.framebuffer, sender.framebuffer))
@@ -143,7 +147,9 @@ SCROLLS = st.builds(
     st.integers(1, 3),
     st.sampled_from("LMST"),
 )
-EDITS = st.builds("\x1b[{};{}H{}".format, st.integers(1, 10), st.integers(1, 20), st.sampled_from(["x", "\x1b[K", "\x1b[7mstatus"]))
+EDITS = st.builds(
+    "\x1b[{};{}H{}".format, st.integers(1, 10), st.integers(1, 20), st.sampled_from(["x", "\x1b[K", "\x1b[7mstatus"])
+)
 
 
 @settings(max_examples=300)
@@ -158,10 +164,15 @@ def test_apply_diff_law_when_parts_of_the_screen_scroll(changes: list[str]) -> N
     assert vectors.shown(receiver.framebuffer) == vectors.shown(sender.framebuffer)
 
 
-@pytest.mark.parametrize("change", ["\x1b[3;20r\x1b[20;1H\nnew", "\x1b[3;20r\x1b[3;1H\x1bMnew", "\x1b[1;22r\x1b[5;1H\x1b[L", "\x1b[2M"])
+@pytest.mark.parametrize(
+    "change", ["\x1b[3;20r\x1b[20;1H\nnew", "\x1b[3;20r\x1b[3;1H\x1bMnew", "\x1b[1;22r\x1b[5;1H\x1b[L", "\x1b[2M"]
+)
 def test_a_scroll_inside_a_region_is_cheap_in_both_directions(change: str) -> None:
     sender = mosh.Emulator(80, 24)
-    sender.feed("\r\n".join(f"{i}: the quick brown fox jumps over the lazy dog {i * i}" for i in range(24)).encode() + b"\x1b[5;1H")
+    sender.feed(
+        "\r\n".join(f"{i}: the quick brown fox jumps over the lazy dog {i * i}" for i in range(24)).encode()
+        + b"\x1b[5;1H"
+    )
     before = sender.copy()
     sender.feed(change.encode() + b"\x1b[r")
     diff = mosh.Display().frame(before.framebuffer, sender.framebuffer)

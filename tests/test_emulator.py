@@ -151,7 +151,7 @@ def test_extreme_parameters_are_harmless(final: str, count: str) -> None:
 
 def test_combining_marks_without_end_do_not_grow_a_cell() -> None:
     terminal = mosh.Emulator(10, 3)
-    terminal.feed("a".encode() + "\u0301".encode() * 100_000)
+    terminal.feed(b"a" + "\u0301".encode() * 100_000)
     assert len(terminal.framebuffer.cell(0, 0).contents.encode()) <= mosh.CLUSTER_LIMIT_BYTES + 4
 
 
@@ -164,8 +164,12 @@ def test_an_endless_title_is_cut() -> None:
 
 LINE = st.text(alphabet="abc \u00e9\u6f22\u0301\t\x07\b", max_size=30)
 COLORS = st.sampled_from(["", "\x1b[31m", "\x1b[0m", "\x1b[m", "\x1b[1;44m", "\x1b[38;2;1;2;3m", "\x1b[K", "\x1b[3C"])
-FLOOD = st.lists(st.builds("{}{}{}{}".format, COLORS, LINE, COLORS, st.sampled_from(["\r\n", "\r\n", "\r\n", "\n", ""])))
-BEFORE = st.sampled_from(["", "\x1b[2;4r", "\x1b[2;4r\x1b[3;1H", "\x1b[?6h", "\x1b[4h", "\x1b[?7l", "\x1b[45m", "\x1b[5", "\xc3"])
+FLOOD = st.lists(
+    st.builds("{}{}{}{}".format, COLORS, LINE, COLORS, st.sampled_from(["\r\n", "\r\n", "\r\n", "\n", ""]))
+)
+BEFORE = st.sampled_from(
+    ["", "\x1b[2;4r", "\x1b[2;4r\x1b[3;1H", "\x1b[?6h", "\x1b[4h", "\x1b[?7l", "\x1b[45m", "\x1b[5", "\xc3"]
+)
 UNSAFE = st.sampled_from(["", "\x1b[2;2Hx", "\x1b[2J", "\x1bM", "\x1b]2;t\x07", "\x85", "\x0b", "\x1b[?25l", "\x1b[1"])
 
 

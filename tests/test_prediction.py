@@ -41,7 +41,16 @@ class EngineDriver:
 
 
 def test_a_confirmed_epoch_shows_typing_at_once() -> None:
-    driver = EngineDriver({"cols": 20, "rows": 3, "mode": "always", "overwrite": False, "start_send_interval_ms": 50, "start_remote_hex": b"$ ".hex()})
+    driver = EngineDriver(
+        {
+            "cols": 20,
+            "rows": 3,
+            "mode": "always",
+            "overwrite": False,
+            "start_send_interval_ms": 50,
+            "start_remote_hex": b"$ ".hex(),
+        }
+    )
     driver.draw()
     driver.type(b"l")
     driver.draw()
@@ -113,7 +122,16 @@ def test_stock_notification_vector(vector: vectors.Vector) -> None:
 def test_a_password_is_never_shown(mode: mosh.PredictionMode) -> None:
     if mode is mosh.PredictionMode.EXPERIMENTAL:
         pytest.skip("experimental mode shows everything at once, by design")
-    driver = EngineDriver({"cols": 30, "rows": 3, "mode": mode.value, "overwrite": False, "start_send_interval_ms": 250, "start_remote_hex": b"Password: ".hex()})
+    driver = EngineDriver(
+        {
+            "cols": 30,
+            "rows": 3,
+            "mode": mode.value,
+            "overwrite": False,
+            "start_send_interval_ms": 250,
+            "start_remote_hex": b"Password: ".hex(),
+        }
+    )
     driver.draw()
     for i, key in enumerate(b"secret"):
         driver.type(bytes([key]))

@@ -79,8 +79,10 @@ def shown(framebuffer: mosh.Framebuffer) -> dict[str, Any]:
             if cell.wide and col == framebuffer.width - 1:
                 contents = " "
             cells[row, col] = (contents, cell.rendition.key)
-    names = ("cursor_row", "cursor_col", "cursor_visible", "reverse_video", "bracketed_paste", "mouse_mode")
-    names += ("mouse_encoding", "focus_events", "window_title", "clipboard", "width", "height")
+    names = (
+        *("cursor_row", "cursor_col", "cursor_visible", "reverse_video", "bracketed_paste", "mouse_mode"),
+        *("mouse_encoding", "focus_events", "window_title", "clipboard", "width", "height"),
+    )
     state: dict[str, Any] = {name: getattr(framebuffer, name) for name in names}
     state["pen"] = framebuffer.codebook.rendition(framebuffer.pen).key
     state["cells"] = cells

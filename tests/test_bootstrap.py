@@ -1,0 +1,466 @@
+"""Section 19: what the starting server says, what the login shell is given, and where the server can be reached."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import mosh
+import peers
+from peers import LOOPBACK
+
+KEY = "AAECAwQFBgcICQoLDA0ODw"
+LIMIT_SECONDS = 20.0
+
+
+def test_a_starting_server_says_where_it_is() -> None:
+    announcement = mosh.Announcement()
+    for line in ("Welcome!", "MOSH SSH_CONNECTION 10.0.0.1 50000 10.0.0.9 22", f"MOSH CONNECT 60001 {KEY}"):
+        announcement.take(line)
+    assert (announcement.address, announcement.port, announcement.key) == ("10.0.0.9", 60001, KEY)
+    assert announcement.complete
+
+
+# -- lines -----------------------------------------------------------------------------------------------------
+
+FRESH = {"port": 0, "key": "", "address": "", "server": "", "not_found": False}
+OURS: list[tuple[str, dict[str, object]]] = [
+    (f"MOSH CONNECT 60001 {KEY}", {"port": 60001, "key": KEY}),
+    (f"MOSH CONNECT 1 {'/+' * 11}", {"port": 1, "key": "/+" * 11}),
+    ("MOSH SSH_CONNECTION fe80::1 50000 fe80::9 22", {"address": "fe80::9"}),
+    ("MOSH IP 10.0.0.9", {"address": "10.0.0.9"}),
+    ("MOSH IP ::1", {"address": "::1"}),
+    ("MOSH SERVER python3 /home/me/mosh.pyz", {"server": "python3 /home/me/mosh.pyz"}),
+    ("MOSH NOSERVER", {"not_found": True}),
+]
+
+
+@pytest.mark.parametrize("end", ["", "\r", " ", "\t \r", "\r\r"], ids=ascii)
+@pytest.mark.parametrize(("line", "expected"), OURS)
+def test_a_line_of_ours(line: str, expected: dict[str, object], end: str) -> None:
+    announcement = mosh.Announcement()
+    assert announcement.take(line + end)
+    assert {name: getattr(announcement, name) for name in FRESH} == {**FRESH, **expected}
+
+
+@pytest.mark.parametrize("line", [
+    "", "Welcome", "MOSH", "MOSHING", "mosh connect 60001 " + "A" * 22, " MOSH NOSERVER",
+    "MOSH NOSERVER today", "MOSH HYSTERIA", "Last login: MOSH IP 1.2.3.4",
+])  # fmt: skip
+def test_any_other_line_is_for_the_user(line: str) -> None:
+    announcement = mosh.Announcement()
+    assert not announcement.take(line)
+    assert {name: getattr(announcement, name) for name in FRESH} == FRESH
+
+
+MALFORMED = [
+    "MOSH IP a b", "MOSH SSH_CONNECTION a b c", "MOSH SSH_CONNECTION a b c d e", f"MOSH CONNECT 0 {KEY}",
+    f"MOSH CONNECT {KEY}", f"MOSH CONNECT 60001{KEY}",
+    f"MOSH CONNECT -1 {KEY}", f"MOSH CONNECT 0x10 {KEY}", f"MOSH CONNECT 123456789 {KEY}",
+    f"MOSH CONNECT 65536 {KEY}", f"MOSH CONNECT 99999 {KEY}",
+    f"MOSH CONNECT 60001 {KEY}A", f"MOSH CONNECT 60001 {KEY[:-1]}", f"MOSH CONNECT 60001 {KEY}==",
+    f"MOSH CONNECT 60001 {KEY} extra", f"MOSH CONNECT  60001 {KEY}", f"MOSH CONNECT 60001  {KEY}",
+    f"MOSH CONNECT ٦٠٠٠١ {KEY}", f"MOSH CONNECT 60001 {KEY[:-1]}é", f"MOSH CONNECT 60001 {KEY[:-1]}-",
+    f"MOSH CONNECT 60001 {KEY}\x1b[0m",
+]
+
+
+@pytest.mark.parametrize("line", MALFORMED, ids=ascii)
+def test_a_malformed_line_is_refused_without_showing_the_key(line: str) -> None:
+    announcement = mosh.Announcement()
+    with pytest.raises(mosh.BootstrapError) as error:
+        announcement.take(line)
+    assert KEY[:12] not in str(error.value)
+
+
+DISGUISES = [f"MOSH CONNECT\\t60001 {KEY}", f"\\033[0mMOSH CONNECT 60001 {KEY}", f" MOSH CONNECT 60001 {KEY}"]
+
+
+@pytest.mark.parametrize("line", DISGUISES)
+def test_a_key_in_a_line_that_is_not_quite_ours_is_not_shown(
+    line: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(mosh.BootstrapError) as error:
+        _run_login(f"{LOOKUP}printf '{line}\\n'", tmp_path)
+    assert KEY[:12] not in str(error.value) + "".join(capfd.readouterr())
+
+
+def test_an_address_cannot_be_redefined() -> None:
+    announcement = mosh.Announcement()
+    announcement.take("MOSH IP 10.0.0.9")
+    with pytest.raises(mosh.BootstrapError, match="redefine"):
+        announcement.take("MOSH IP 10.6.6.6")
+
+
+def test_the_address_of_the_connection_does_not_replace_a_better_one() -> None:
+    announcement = mosh.Announcement()
+    announcement.take("MOSH IP 10.0.0.9")
+    announcement.take("MOSH SSH_CONNECTION 10.0.0.1 50000 192.168.0.9 22")
+    assert announcement.address == "10.0.0.9"
+
+
+@settings(max_examples=300)
+@given(st.text(max_size=60) | st.builds(
+    "MOSH {}{}{}".format, st.sampled_from(["CONNECT ", "IP ", "SERVER ", "SSH_CONNECTION "]),
+    st.sampled_from(["", "1 ", f"60001 {KEY}", "a b c d"]), st.text(max_size=40),
+))  # fmt: skip
+def test_any_line_is_ours_or_not_or_refused(line: str) -> None:
+    announcement = mosh.Announcement()
+    try:
+        announcement.take(line)
+    except mosh.BootstrapError as error:
+        assert line.startswith("MOSH ") and KEY not in str(error)
+    else:
+        assert announcement.complete == (announcement.port > 0)
+
+
+# -- words through shells --------------------------------------------------------------------------------------
+
+# What must arrive as typed. A newline is left out: the C shells cannot take one inside quotes.
+WORDS = [
+    "plain", "", " ", "a b", "it's", "''", "'", "\"", "$HOME", "`id`", "$(id)", "a\\b", "\\", "a\\\\b", "tail\\", "\\'",
+    "*", "?", "[a]", "~", "~root", "#", "a;b", "a&b", "a|b", "<x", ">x", "(x)", "{a,b}", "!", "!!", "a!b", "^a^b", "%1",
+    "-n", "--", "=", "a=b", "é漢😀", "\t", "%s%n", "\x1b[31m", "\\n", "${IFS}", "$'x'", "@", "x" * 5_000,
+]
+SHOW = [sys.executable, "-c", "import json, os, sys; print(json.dumps([os.fsencode(w).hex() for w in sys.argv[1:]]))"]
+SHELLS = ["sh", "bash", "dash", "zsh", "ksh", "mksh", "fish", "tcsh"]
+
+
+def _through(shell: str, command: str, environ: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """Give `command` to a login shell as sshd does."""
+    path = shutil.which(shell)
+    if path is None:
+        pytest.skip(f"{shell} is not installed")
+    words = [path, "-c", command]
+    return subprocess.run(
+        words, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=LIMIT_SECONDS,
+        env={"PATH": os.environ.get("PATH", os.defpath), "HOME": "/", "LC_ALL": "C.UTF-8", **(environ or {})},
+    )
+
+
+def _arguments(output: str) -> list[str]:
+    return [bytes.fromhex(word).decode() for word in json.loads(output.splitlines()[-1])]
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_quoted_words_arrive_as_they_are(shell: str) -> None:
+    finished = _through(shell, " ".join(map(mosh.shell_quote, [*SHOW, *WORDS])))
+    assert finished.stderr == ""
+    assert _arguments(finished.stdout) == WORDS
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_a_newline_in_a_word_arrives(shell: str) -> None:
+    if shell == "tcsh":
+        pytest.skip("C shells cannot take a newline inside quotes")
+    finished = _through(shell, " ".join(map(mosh.shell_quote, [*SHOW, "a\nb", "\n"])))
+    assert _arguments(finished.stdout) == ["a\nb", "\n"]
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"])), max_size=8))
+def test_any_words_arrive_through_sh(words: list[str]) -> None:
+    finished = _through("sh", " ".join(map(mosh.shell_quote, [*SHOW, *words])))
+    assert _arguments(finished.stdout) == words
+
+
+def _login(command: Sequence[str] = (), **changes: object) -> mosh.LoginOptions:
+    options = mosh.LoginOptions()
+    options.command = list(command)
+    for name, value in changes.items():
+        assert hasattr(options, name)
+        setattr(options, name, value)
+    return options
+
+
+CONNECTION = {"SSH_CONNECTION": "10.0.0.1 50000 10.0.0.9 22"}
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_a_server_named_by_the_user_gets_its_words_in_any_login_shell(shell: str) -> None:
+    options = _login(WORDS, server=" ".join(map(shlex.quote, SHOW)))
+    arguments = mosh.server_arguments(options, 256, {})
+    finished = _through(shell, mosh.remote_command(options, arguments), CONNECTION)
+    assert _arguments(finished.stdout) == ["new", "-c", "256", "-s", "--", *WORDS]
+    assert "MOSH SSH_CONNECTION 10.0.0.1 50000 10.0.0.9 22" in finished.stdout.splitlines()
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_the_users_server_is_shell_text(shell: str) -> None:
+    code = "import os; print(os.environ['GREETING'])"
+    text = "env GREETING=hello " + " ".join(map(shlex.quote, [sys.executable, "-c", code]))
+    finished = _through(shell, mosh.remote_command(_login(server=text), ["new"]), CONNECTION)
+    assert finished.stdout.splitlines()[-1] == "hello"
+
+
+@pytest.fixture
+def far_path(tmp_path: Path) -> Path:
+    """A folder of programs for a far host that has the plainest tools only."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for tool in ("sh", "env", "printf", "test"):
+        (folder / tool).symlink_to(shutil.which(tool) or "/bin/" + tool)
+    return folder
+
+
+def _search(shell: str, far_path: Path, home: Path, words: Sequence[str]) -> list[str]:
+    """What the search for a server prints on a far host with that home and those programs."""
+    environ = {"PATH": str(far_path), "HOME": str(home), **CONNECTION}
+    return _through(shell, mosh.remote_command(_login(), words), environ).stdout.splitlines()
+
+
+def _install(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+
+
+SHOWING = f'#!/bin/sh\nexec {" ".join(map(shlex.quote, SHOW))} "$@"\n'
+NEEDS_NOTHING_ELSEWHERE = pytest.mark.skipif(
+    any(Path(folder, name).exists() for folder in ("/usr/local/bin", "/opt/homebrew/bin", "/snap/bin")
+        for name in ("mosh-server", "mosh.pyz")),
+    reason="this machine has a server in a folder that the search always looks into",
+)  # fmt: skip
+
+
+@NEEDS_NOTHING_ELSEWHERE
+@pytest.mark.parametrize("shell", SHELLS)
+def test_a_search_that_finds_nothing_says_so(shell: str, far_path: Path, home: Path) -> None:
+    said = _search(shell, far_path, home, ["new"])
+    assert said[-1] == "MOSH NOSERVER" and "MOSH SSH_CONNECTION 10.0.0.1 50000 10.0.0.9 22" in said
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_a_search_finds_a_stock_server(shell: str, far_path: Path, home: Path) -> None:
+    _install(far_path / "mosh-server", SHOWING)
+    *_, said, shown = _search(shell, far_path, home, ["new", "--", *WORDS])
+    assert said == f"MOSH SERVER {far_path / 'mosh-server'}"
+    assert _arguments(shown) == ["new", "--", *WORDS]
+
+
+@pytest.mark.parametrize("place", ["mosh.pyz", ".local/bin/mosh.pyz"])
+def test_a_search_prefers_our_own(place: str, far_path: Path, home: Path) -> None:
+    _install(far_path / "mosh-server", SHOWING)
+    _install(far_path / "python3", f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
+    _install(home / place, SHOW[2])
+    *_, said, shown = _search("sh", far_path, home, ["new", *WORDS])
+    assert said == f"MOSH SERVER python3 {home / place}"
+    assert _arguments(shown) == ["server", "new", *WORDS]
+
+
+def test_an_old_python_leaves_it_to_the_stock_server(far_path: Path, home: Path) -> None:
+    _install(far_path / "mosh-server", SHOWING)
+    _install(far_path / "python3", "#!/bin/sh\nexit 1\n")
+    _install(home / "mosh.pyz", "")
+    assert f"MOSH SERVER {far_path / 'mosh-server'}" in _search("sh", far_path, home, ["new"])
+
+
+# -- the server's arguments ------------------------------------------------------------------------------------
+
+STOCK_EXAMPLE = r"mosh-server 'new' '-c' '256' '-s' '-p' '60010:60020' '-l' 'LC_ALL=C.UTF-8' '--' 'ls' 'a b' 'it'\''s'"
+
+
+def test_the_command_line_is_that_of_a_stock_wrapper() -> None:
+    options = _login(["ls", "a b", "it's"], server="mosh-server", ports="60010:60020")
+    arguments = mosh.server_arguments(options, 256, {"LC_ALL": "C.UTF-8", "HOME": "/"})
+    assert mosh.remote_command(options, arguments).endswith(" ; " + STOCK_EXAMPLE)
+
+
+ARGUMENTS: list[tuple[dict[str, object], int, list[str]]] = [
+    ({}, 8, ["new", "-c", "8", "-s"]),
+    ({}, -1, ["new", "-c", "0", "-s"]),
+    ({"bind_server": "SSH"}, 8, ["new", "-c", "8", "-s"]),
+    ({"bind_server": "any"}, 8, ["new", "-c", "8"]),
+    ({"bind_server": "ANY"}, 8, ["new", "-c", "8"]),
+    ({"bind_server": "10.1.2.3"}, 8, ["new", "-c", "8", "-i", "10.1.2.3"]),
+    ({"local": True, "host": "::1"}, 8, ["new", "-c", "8", "-i", "::1"]),
+    ({"local": True, "host": "::1", "bind_server": "any"}, 8, ["new", "-c", "8"]),
+    ({"ports": "60010"}, 8, ["new", "-c", "8", "-s", "-p", "60010"]),
+    ({"ports": "0"}, 8, ["new", "-c", "8", "-s", "-p", "0"]),
+    ({"command": ["--", "-v"]}, 8, ["new", "-c", "8", "-s", "--", "--", "-v"]),
+]
+
+
+@pytest.mark.parametrize(("changes", "colors", "words"), ARGUMENTS)
+def test_arguments_of_the_server(changes: dict[str, object], colors: int, words: list[str]) -> None:
+    assert mosh.server_arguments(_login(**changes), colors, {}) == words  # type: ignore[arg-type]
+
+
+def test_every_locale_variable_is_passed_on_in_stocks_order() -> None:
+    names = "LANG LANGUAGE LC_CTYPE LC_NUMERIC LC_TIME LC_COLLATE LC_MONETARY LC_MESSAGES LC_PAPER LC_NAME LC_ADDRESS"
+    names += " LC_TELEPHONE LC_MEASUREMENT LC_IDENTIFICATION LC_ALL"
+    environ = {name: f"x{n}" for n, name in enumerate(names.split())}
+    environ = dict(reversed(environ.items())) | {"LC_SECRET": "no", "PATH": "no"}
+    words = mosh.server_arguments(_login(), 8, environ)[4:]
+    assert words[::2] == ["-l"] * 15
+    assert words[1::2] == [f"{name}={environ[name]}" for name in names.split()]
+
+
+def test_what_a_wrapper_says_a_server_understands() -> None:
+    options = _login(["ls", "a b"], ports="60010:60020", bind_server="10.1.2.3")
+    words = mosh.server_arguments(options, 256, {"LANG": "de_DE.UTF-8"})
+    understood = mosh._parse_server("mosh-server", words)
+    assert (understood.colors, understood.ports, understood.bind_address) == (256, (60010, 60020), "10.1.2.3")
+    assert (understood.command, understood.locale) == (["ls", "a b"], {"LANG": "de_DE.UTF-8"})
+
+
+# -- addresses -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", mosh.FAMILIES)
+@pytest.mark.parametrize(("host", "number"), [("127.0.0.1", socket.AF_INET), ("::1", socket.AF_INET6)])
+def test_a_numeric_address_is_itself(host: str, number: int, family: str) -> None:
+    if (family, number) in (("inet", socket.AF_INET6), ("inet6", socket.AF_INET)):
+        with pytest.raises(mosh.BootstrapError, match=host):
+            mosh.resolve(host, 60001, family)
+        return
+    (candidate,) = mosh.resolve(host, 60001, family)
+    assert (candidate.family, candidate.sockaddr[:2], str(candidate)) == (number, (host, 60001), host)
+
+
+@pytest.mark.parametrize(("family", "first"), [("prefer-inet", socket.AF_INET), ("prefer-inet6", socket.AF_INET6)])
+def test_the_preferred_family_comes_first(family: str, first: int) -> None:
+    families = [candidate.family for candidate in mosh.resolve("localhost", 22, family)]
+    assert families == sorted(families, key=lambda number: number != first) and len(families) == len(set(families))
+
+
+@pytest.mark.parametrize("host", ["a..b", "x" * 300, "\udcff", "a\0b", "127.0.0.1 ", "[::1]", "999.1.1.1"], ids=ascii)
+def test_what_is_no_name_is_said_with_a_reason(host: str) -> None:
+    with pytest.raises(mosh.BootstrapError, match="could not resolve"):
+        mosh.resolve(host, 60001, "prefer-inet")
+
+
+# -- the proxy -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def listener() -> Iterator[socket.socket]:
+    """A TCP server on loopback."""
+    with socket.create_server((LOOPBACK, 0)) as listener:
+        listener.settimeout(LIMIT_SECONDS)
+        yield listener
+
+
+def test_the_proxy_says_where_it_connected_and_relays_both_ways(listener: socket.socket) -> None:
+    request, answer = os.urandom(300_000), os.urandom(300_000)
+    received: list[bytes] = []
+
+    def serve() -> None:
+        connection, _ = listener.accept()
+        with connection, connection.makefile("rb") as incoming:
+            received.append(incoming.read())
+            connection.sendall(answer)
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    finished = subprocess.run(
+        [*peers.ours_command(), "--fake-proxy", "--", LOOPBACK, str(listener.getsockname()[1])],
+        input=request, capture_output=True, timeout=LIMIT_SECONDS,
+    )
+    thread.join()
+    assert (finished.returncode, finished.stderr) == (0, f"MOSH IP {LOOPBACK}\n".encode())
+    assert received == [request] and finished.stdout == answer
+
+
+def test_the_proxy_names_what_it_could_not_reach(listener: socket.socket) -> None:
+    port = listener.getsockname()[1]
+    listener.close()
+    finished = subprocess.run(
+        [*peers.ours_command(), "--fake-proxy", "--", LOOPBACK, str(port)], stdin=subprocess.DEVNULL,
+        capture_output=True, text=True, timeout=LIMIT_SECONDS,
+    )
+    assert finished.returncode == 1 and finished.stderr.count("\n") == 1
+    assert f"Could not connect to {LOOPBACK}" in finished.stderr and "refused" in finished.stderr
+
+
+# -- the login -------------------------------------------------------------------------------------------------
+
+
+def _run_login(script: str, tmp_path: Path, **changes: object) -> tuple[str, int, list[mosh.Candidate]]:
+    """Log in through a script in the place of ssh."""
+    ssh = tmp_path / "ssh"
+    _install(ssh, "#!/bin/sh\n" + script)
+    login = mosh.Login(_login(host="there", ssh=[str(ssh)], server="srv", **changes), 256)  # type: ignore[arg-type]
+    try:
+        return login.run()
+    finally:
+        login.close()
+
+
+LOOKUP = f'[ "$1" = -G ] && {{ echo "user me"; echo "hostname {LOOPBACK}"; exit; }}\n'
+SAYS_IT = f"printf 'MOSH CONNECT 60001 {KEY}\\r\\n'"
+
+
+def test_a_login_gives_key_port_and_address(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    key, port, candidates = _run_login(LOOKUP + "echo banner; echo\n" + SAYS_IT, tmp_path)
+    assert (key, port, [str(candidate) for candidate in candidates]) == (KEY, 60001, [LOOPBACK])
+    assert capfd.readouterr() == ("", "banner\n")
+
+
+def test_what_ssh_says_is_shown(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(mosh.BootstrapError):
+        _run_login(LOOKUP + "echo 'Permission denied' >&2; printf 'really' >&2; exit 255", tmp_path)
+    assert capfd.readouterr().err == "Permission denied\nreally\n"
+
+
+def test_the_word_of_the_proxy_counts_even_if_it_is_read_late(tmp_path: Path) -> None:
+    """It comes first, but by another pipe than the server's words: a slow reader may find both at once."""
+    said = f"echo 'MOSH IP {LOOPBACK}' >&2; echo 'MOSH SSH_CONNECTION a 1 10.0.0.9 22'; {SAYS_IT}"
+    assert str(_run_login(said, tmp_path, remote_ip="proxy")[2][0]) == LOOPBACK
+
+
+def test_the_servers_own_word_on_its_address_comes_first(tmp_path: Path) -> None:
+    said = "echo 'MOSH SSH_CONNECTION 10.0.0.1 50000 10.0.0.9 22'\n"
+    candidates = _run_login(LOOKUP + said + SAYS_IT, tmp_path)[2]
+    assert [candidate.sockaddr for candidate in candidates] == [("10.0.0.9", 60001), (LOOPBACK, 60001)]
+
+
+FAILURES: list[tuple[str, int, str]] = [
+    ("exit 255", 255, "ssh could not log in to there"),
+    ("exit 127", 127, "cannot run 'srv'"),
+    ("exit 3", 3, "no server announced itself"),
+    ("exit 0", 1, "no server announced itself"),
+    ("echo MOSH NOSERVER; exit 127", 127, "no server found on there"),
+    (f"echo 'MOSH CONNECT 60001 {KEY}x'", 1, "malformed"),
+    ("head -c 9000000 /dev/zero", 1, "no server announced itself"),
+]
+
+
+@pytest.mark.parametrize(("script", "status", "named"), FAILURES)
+def test_a_login_that_fails_is_explained(
+    script: str, status: int, named: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(mosh.BootstrapError, match=named) as error:
+        _run_login(LOOKUP + script, tmp_path)
+    assert error.value.status == status
+    assert KEY not in str(error.value) + "".join(capfd.readouterr())
+
+
+def test_an_ssh_that_does_not_exist_is_named(tmp_path: Path) -> None:
+    login = mosh.Login(_login(host="there", ssh=[str(tmp_path / "no-ssh")]), 256)
+    with pytest.raises(mosh.BootstrapError, match="no-ssh"):
+        login.run()
+    login.close()
+
+
+@pytest.mark.parametrize("address", ["a\\000b", "a..b", "\\377", "999.9.9.9", "-"])
+def test_a_hostile_address_leaves_the_one_that_ssh_knows(address: str, tmp_path: Path) -> None:
+    candidates = _run_login(f"{LOOKUP}printf 'MOSH IP {address}\\n'\n{SAYS_IT}", tmp_path)[2]
+    assert [str(candidate) for candidate in candidates] == [LOOPBACK]
+
+
+def test_lines_in_any_encoding_pass(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert _run_login(LOOKUP + "printf '\\377\\376 \\303\\251\\n'\n" + SAYS_IT, tmp_path)[0] == KEY
+    assert "é" in capfd.readouterr().err

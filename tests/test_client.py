@@ -1,0 +1,328 @@
+"""Section 18: the client borrows the user's terminal and gives it back, whatever happens."""
+
+from __future__ import annotations
+
+import os
+import pty
+import signal
+import socket
+import subprocess
+import sys
+import termios
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import mosh
+import peers
+from peers import LOOPBACK, running_server, session_env
+from ptys import PtyProcess, on_a_terminal
+
+KEY = "AAECAwQFBgcICQoLDA0ODw"
+QUIT = b"\x1e."
+EXITING = b"[mosh is exiting.]"
+LIMIT_SECONDS = 20.0
+
+
+# -- terminfo --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def described(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A terminal type of our own making, in the place where terminfo looks first."""
+    source = tmp_path / "source"
+    source.write_text("moshtest|for a test,\n\tbce, colors#99, ech=\\E[%p1%dX, smcup=\\E[open, rmcup=\\E[close,\n")
+    try:
+        subprocess.run(["tic", "-x", "-o", str(tmp_path), str(source)], check=True, capture_output=True)
+    except FileNotFoundError:
+        pytest.skip("tic is not installed")
+    monkeypatch.setenv("TERMINFO", str(tmp_path))
+    yield
+
+
+ASK = """
+import sys, mosh
+try:
+    t = mosh.Terminfo(sys.argv[1])
+    print([t.open, t.close, t.ech, t.bce, t.colors, t.title])
+except mosh.BootstrapError as error:
+    print("refused:", ascii(str(error)))
+"""
+
+
+def _terminfo(term: str) -> str:
+    """What Terminfo says of a type. Asked in a new process, since curses takes only the first type of each."""
+    words = [sys.executable, "-c", ASK, term]
+    finished = subprocess.run(words, cwd=peers.REPOSITORY, capture_output=True, text=True, timeout=LIMIT_SECONDS)
+    assert finished.stderr == ""
+    return finished.stdout.rstrip("\n")
+
+
+@pytest.mark.usefixtures("described")
+def test_a_terminal_is_what_terminfo_says() -> None:
+    assert _terminfo("moshtest") == "[b'\\x1b[open', b'\\x1b[close', True, True, 99, False]"
+
+
+@pytest.mark.parametrize(
+    ("term", "end"), [("xterm-256color", "256, True]"), ("linux", "8, False]"), ("dumb", "-1, False]")]
+)
+def test_known_terminals(term: str, end: str) -> None:
+    assert _terminfo(term).endswith(end)
+
+
+def test_a_dumb_terminal_has_no_alternate_screen() -> None:
+    assert _terminfo("dumb") == "[b'', b'', False, False, -1, False]"
+
+
+@pytest.mark.parametrize("term", ["xterm-made-up", "screen.made-up", "tmux-made-up", "alacritty-made-up"])
+def test_a_known_family_without_its_entry_will_do(term: str) -> None:
+    assert _terminfo(term) == "[b'\\x1b[?1049h', b'\\x1b[?1049l', False, False, 8, True]"
+
+
+UNKNOWN = ["", "no-such-terminal", "../../../etc/passwd", "x" * 10_000, "\udcff", "a b"]
+
+
+@pytest.mark.parametrize("term", UNKNOWN, ids=ascii)
+def test_an_unknown_terminal_is_refused(term: str) -> None:
+    answer = _terminfo(term)
+    assert answer.startswith("refused:") and "TERM" in answer
+
+
+# -- raw mode --------------------------------------------------------------------------------------------------
+
+# A program that takes its terminal, says so, and ends in the way that its argument names.
+BORROW = """
+import os, signal, sys, mosh
+def loop():
+    sys.stdin.readline()
+with mosh.RawTerminal(mosh.Terminfo("dumb"), init=False) as terminal:
+    os.write(1, b"borrowed;")
+    if os.read(0, 1) == b"f":
+        raise SystemExit(3)
+    terminal.leave()
+    os.write(1, b"back;")
+    os.read(0, 100)
+    terminal.enter()
+    os.write(1, b"borrowed again;")
+    os.read(0, 1)
+"""
+
+
+@pytest.fixture
+def borrower() -> Iterator[PtyProcess]:
+    """The program above."""
+    with on_a_terminal([sys.executable, "-c", BORROW], {**os.environ, "PYTHONPATH": str(peers.REPOSITORY)}) as program:
+        yield program
+
+
+def _flags(modes: list[object]) -> tuple[int, int, int]:
+    """Echo, line editing and output processing of a terminal."""
+    _, output, _, local, *_ = modes
+    assert isinstance(output, int) and isinstance(local, int)
+    return local & termios.ECHO, local & (termios.ICANON | termios.ISIG), output & termios.OPOST
+
+
+def test_raw_mode_is_taken_and_given_back(borrower: PtyProcess) -> None:
+    assert all(_flags(borrower.modes_before))
+    borrower.read_until(lambda output: b"borrowed;" in output)
+    assert not any(_flags(borrower.modes()))
+    borrower.type(b"s")
+    borrower.read_until(lambda output: b"back;" in output)
+    assert borrower.modes() == borrower.modes_before
+    borrower.type(b"\n")
+    borrower.read_until(lambda output: b"again;" in output)
+    assert not any(_flags(borrower.modes()))
+    borrower.type(b"x")
+    assert borrower.wait() == 0
+    assert borrower.modes() == borrower.modes_before
+
+
+def test_an_exception_gives_the_terminal_back(borrower: PtyProcess) -> None:
+    borrower.read_until(lambda output: b"borrowed;" in output)
+    borrower.type(b"f")
+    assert borrower.wait() == 3
+    assert borrower.modes() == borrower.modes_before
+    assert borrower.output.endswith(mosh._CLOSE_SEQUENCES)
+
+
+def test_leaving_twice_writes_nothing_twice(borrower: PtyProcess) -> None:
+    borrower.read_until(lambda output: b"borrowed;" in output)
+    borrower.type(b"s")
+    borrower.read_until(lambda output: b"back;" in output)
+    assert borrower.output.count(mosh._CLOSE_SEQUENCES) == 1
+
+
+def test_input_is_utf8_for_the_kernel_and_bytes_pass_unchanged(borrower: PtyProcess) -> None:
+    borrower.read_until(lambda output: b"borrowed;" in output)
+    modes = borrower.modes()
+    assert isinstance(modes[0], int) and isinstance(modes[2], int)
+    assert modes[0] & mosh._IUTF8
+    changing = termios.ICRNL | termios.INLCR | termios.IGNCR | termios.IXON | termios.ISTRIP | termios.BRKINT
+    assert not modes[0] & changing
+    assert modes[2] & termios.CSIZE == termios.CS8
+
+
+def test_what_is_no_terminal_is_refused(tmp_path: Path) -> None:
+    code = "import mosh; mosh.RawTerminal(mosh.Terminfo('dumb'))"
+    (tmp_path / "input").write_bytes(b"")
+    with (tmp_path / "input").open("rb") as no_terminal:
+        finished = subprocess.run(
+            [sys.executable, "-c", code], stdin=no_terminal, cwd=peers.REPOSITORY, capture_output=True, text=True
+        )
+    assert "BootstrapError: standard input is not a terminal" in finished.stderr
+
+
+# -- sockets ---------------------------------------------------------------------------------------------------
+
+
+def test_port_hopping_keeps_a_bounded_number_of_old_sockets() -> None:
+    sockets = mosh.ClientSockets()
+    opened = [sockets.open(socket.AF_INET) for _ in range(3 * mosh.MAX_PORTS)]
+    assert sockets.all == opened[-mosh.MAX_PORTS :]
+    assert [udp.fileno() for udp in opened[: -mosh.MAX_PORTS]] == [-1] * (2 * mosh.MAX_PORTS)
+    sockets.close_old()
+    assert sockets.all == opened[-1:]
+    sockets.close()
+    assert sockets.all == [] and opened[-1].fileno() == -1
+
+
+def test_it_sends_from_the_newest_socket_of_the_right_family() -> None:
+    sockets = mosh.ClientSockets()
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as server:
+        server.bind((LOOPBACK, 0))
+        server.settimeout(LIMIT_SECONDS)
+        candidate = mosh.Candidate(socket.AF_INET, server.getsockname())
+        sources = []
+        for _ in range(2):
+            sockets.open(socket.AF_INET)
+            sockets.send(b"x", candidate)
+            sources.append(server.recvfrom(10)[1][1])
+    assert sources == [udp.port for udp in sockets.all] and len(set(sources)) == 2
+    sockets.close()
+
+
+def test_closing_old_sockets_keeps_one_of_each_family() -> None:
+    sockets = mosh.ClientSockets()
+    try:
+        kept = [sockets.open(family) for family in (socket.AF_INET, socket.AF_INET6) for _ in range(2)][1::2]
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    sockets.close_old()
+    assert sockets.all == kept
+    sockets.close()
+
+
+@pytest.mark.parametrize(("one", "other", "equal"), [
+    ((2, ("1.2.3.4", 1)), (2, ("1.2.3.4", 1)), True), ((2, ("1.2.3.4", 1)), (2, ("1.2.3.4", 2)), False),
+    ((2, ("::1", 1)), (10, ("::1", 1)), False),
+])  # fmt: skip
+def test_candidates_are_equal_by_value(
+    one: tuple[int, tuple[str, int]], other: tuple[int, tuple[str, int]], equal: bool
+) -> None:
+    assert (mosh.Candidate(*one) == mosh.Candidate(*other)) == equal
+    assert len({mosh.Candidate(*one), mosh.Candidate(*other)}) == 2 - equal
+    assert str(mosh.Candidate(*one)) == one[1][0]
+
+
+# -- the whole client ------------------------------------------------------------------------------------------
+
+
+def _environ(home: Path, key: str, **extra: str) -> dict[str, str]:
+    return {**session_env(home), "TERM": "xterm-256color", "MOSH_KEY": key, **extra}
+
+
+def _type_and_see(client: PtyProcess) -> None:
+    """Type a letter, once the terminal is the client's, and see it come back."""
+    client.read_until(lambda output: b"\x1b[?1h" in output)
+    client.type(b"Z")
+    client.read_until(lambda output: b"Z" in output)
+
+
+@pytest.mark.parametrize("size", [(80, 24), (0, 0), (1, 1)], ids=str)
+def test_a_session_on_a_terminal_of_any_size(home: Path, size: tuple[int, int]) -> None:
+    with running_server("ours", session_env(home), command=("cat",)) as server, on_a_terminal(
+        peers.client_command("ours", server.port), _environ(home, server.key), size
+    ) as client:
+        _type_and_see(client)
+        assert not any(_flags(client.modes()))
+        client.type(QUIT)
+        assert client.wait() == 0, client.output
+        assert client.modes() == client.modes_before
+    assert client.output.rstrip().endswith(EXITING)
+    assert mosh._CLOSE_SEQUENCES in client.output
+    assert server.key.encode() not in client.output
+
+
+def test_quitting_before_any_answer_says_what_to_check(home: Path) -> None:
+    """It ends with 1, the terminal restored, and names the port."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as silent:
+        silent.bind((LOOPBACK, 0))
+        port = silent.getsockname()[1]
+        with on_a_terminal(peers.client_command("ours", port), _environ(home, KEY)) as client:
+            client.read_until(lambda output: b"UDP port" in output)
+            client.type(QUIT)
+            assert client.wait() == 1
+            assert client.modes() == client.modes_before
+    farewell = client.output.rpartition(mosh._CLOSE_SEQUENCES)[2]
+    assert LOOPBACK.encode() in farewell and str(port).encode() in farewell
+    assert KEY.encode() not in client.output
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_ends_the_session_and_restores_the_terminal(home: Path, number: signal.Signals) -> None:
+    with running_server("ours", session_env(home), command=("cat",)) as server, on_a_terminal(
+        peers.client_command("ours", server.port), _environ(home, server.key)
+    ) as client:
+        _type_and_see(client)
+        client.send_signal(number)
+        assert client.wait() == 0, client.output
+        assert client.modes() == client.modes_before
+    assert EXITING in client.output
+
+
+def test_no_init_leaves_the_alternate_screen_alone(home: Path) -> None:
+    with running_server("ours", session_env(home), command=("cat",)) as server, on_a_terminal(
+        peers.client_command("ours", server.port), _environ(home, server.key, MOSH_NO_TERM_INIT="")
+    ) as client:
+        _type_and_see(client)
+        client.type(QUIT)
+        client.wait()
+    assert b"\x1b[?1049h" not in client.output and b"\x1b[?1049l" not in client.output
+
+
+def test_the_goodbye_of_the_server_needs_no_further_waiting() -> None:
+    """A client that only wakes when it asked to, or when a datagram comes, leaves soon after the server has."""
+    key, make, now, left_at = mosh.Key(bytes(16)), mosh.choose_cipher(), 0, 0
+    client = mosh.ClientCore(
+        mosh.Channel(make(key.raw), mosh.TO_SERVER), now, width=20, height=3, peers=["server"], port=1,
+        random_bytes=bytes,
+    )
+    server = mosh.ServerCore(mosh.Channel(make(key.raw), mosh.TO_CLIENT), now, width=20, height=3, random_bytes=bytes)
+    while mosh.Phase.CONNECTED in (client.phase, server.phase) or client.is_connecting:
+        assert not left_at or now <= left_at + 100
+        for datagram in client.datagrams_to_send(now):
+            server.receive_datagram(datagram, "client", now)
+        if server.phase is mosh.Phase.CONNECTED and now > 500:
+            server.start_shutdown(now)
+        if server.phase is mosh.Phase.CLOSED:
+            left_at = left_at or now
+        for datagram in server.datagrams_to_send(now):
+            client.receive_datagram(datagram, "server", now)
+        at = server.next_timeout()
+        now = max(now + 1, min(client.next_timeout(), client.next_timeout() if at is None else at))
+    assert server.phase is client.phase is mosh.Phase.CLOSED
+    assert server.transport.clean and client.transport.clean
+
+
+def test_a_terminal_that_vanishes_ends_the_client(home: Path) -> None:
+    with running_server("ours", session_env(home), command=("cat",)) as server:
+        keeper, user = pty.openpty()
+        process = subprocess.Popen(
+            peers.client_command("ours", server.port), env=_environ(home, server.key), stdin=user, stdout=user,
+            stderr=subprocess.DEVNULL, start_new_session=True,
+        )
+        os.close(user)
+        os.read(keeper, 1)
+        os.close(keeper)
+        assert process.wait(timeout=LIMIT_SECONDS) in (0, 1)

@@ -1,0 +1,692 @@
+"""Section 15: each end as a whole, alone with recorded datagrams or together in a simulation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+import mosh
+from mosh import TO_CLIENT, TO_SERVER, Phase
+from simnet import HEIGHT, HOME_ADDRESS, NEW_ADDRESS, SERVER_ADDRESS, WIDTH, LineShell, Output, Screen, Simulation
+
+CIPHER = mosh.CryptographyCipher(bytes(range(16)))
+
+
+def _client(width: int = 80, height: int = 24, setting: bytes | None = None) -> mosh.ClientCore:
+    """Return a client of a server that never answers unless a test does it."""
+    return mosh.ClientCore(
+        mosh.Channel(CIPHER, TO_SERVER),
+        0,
+        width=width,
+        height=height,
+        peers=[SERVER_ADDRESS],
+        port=60001,
+        random_bytes=bytes,
+        escape_key=mosh.EscapeKey(setting),
+    )
+
+
+def _server(width: int = 80, height: int = 24) -> mosh.ServerCore:
+    return mosh.ServerCore(mosh.Channel(CIPHER, TO_CLIENT), 0, width=width, height=height, random_bytes=bytes)
+
+
+class Sender:
+    """A client reduced to what it sends."""
+
+    def __init__(self, server: mosh.ServerCore) -> None:
+        self._server = server
+        self._layer = mosh.DatagramLayer(mosh.Channel(CIPHER, TO_SERVER), 0, is_server=False)
+        self._fragmenter = mosh.Fragmenter()
+
+    def type(self, num: int, keys: bytes) -> None:
+        """Deliver state `num`, which adds `keys` to the one before."""
+        self._send(num, mosh.UserStream().with_events(keys).diff_from(mosh.UserStream()))
+
+    def resize(self, num: int, width: int, height: int) -> None:
+        """Deliver state `num`, which adds a new size of the window to the one before."""
+        self._send(num, mosh.UserStream().with_events([mosh.Resize(width, height)]).diff_from(mosh.UserStream()))
+
+    def _send(self, num: int, diff: bytes) -> None:
+        instruction = mosh.Instruction(num - 1, num, 0, num - 1, diff)
+        for fragment in self._fragmenter.fragments(instruction, 1_252):
+            self._server.receive_datagram(self._layer.seal(fragment.encode(), 0), HOME_ADDRESS, 0)
+
+
+@pytest.fixture
+def sim() -> Simulation:
+    """A session that has been connected for a second."""
+    sim = Simulation(1)
+    sim.run(ms=1_000)
+    return sim
+
+
+def test_a_session() -> None:
+    client, server = _client(), _server()
+    for datagram in client.datagrams_to_send(now=0):
+        server.receive_datagram(datagram, HOME_ADDRESS, now=5)
+    server.receive_host_output(b"$ ", now=6)
+    for datagram in server.datagrams_to_send(now=14):
+        client.receive_datagram(datagram, SERVER_ADDRESS, now=19)
+    assert client.screen.lines()[0].rstrip() == "$"
+    assert b"$" in client.frame_to_draw(now=19)
+    assert server.peer == HOME_ADDRESS and client.phase is server.phase is Phase.CONNECTED
+
+
+# -- recorded sessions
+
+STOCK_CLIENT = (
+    "00000000000000006f359a43da74275f106bc28e733c260502428c8571949d686f4420ca31f0060ca43d50ffb19ea47d96f7cea7b579618c21"
+    "fe2c76d52fab3c8a31287caeb275"
+)
+STOCK_SERVER = {
+    "hello": (
+        "800000000000000070cab736aec42cc50f361ee9b21f5b188cfd656b97bc281b2ff0a7034dc588ecb5d94bb130a659073d5e1d7300d772"
+        "efaf72f5b8e7218bb7e47914f394fdc9bedae61254c6"
+    ),
+    "world, second half": (
+        "8000000000000002046ae81936d34bd0dde0979e0577be6fe339c490e06b1b509d247be8991aeaa5e16b68c549e3a3ba883140ffba2b"
+    ),
+    "world, first half": (
+        "8000000000000001bb34fe048c2b56b49a7b7b34810d76a580d307d9b06af3ee8a5e459e70e214a4443d5c498aed0a29ed227a05e80e3437"
+        "ea1a"
+    ),
+    "shutdown": (
+        "8000000000000003cf5767a542a5cef1b64e7d88207a7ddf2734e1d95e5cd851dc3ec48e58b05ccfe5e057e233c07e84b46c56dd777605"
+        "1dd531984b0a8f"
+    ),
+}
+
+
+def _instructions(datagrams: list[bytes]) -> list[mosh.Instruction]:
+    reader = mosh.Channel(CIPHER, 1 - (datagrams[0][0] >> 7))
+    assembly = mosh.FragmentAssembly()
+    payloads = [reader.open(datagram)[1][mosh.TIMESTAMPS.size :] for datagram in datagrams]
+    found = [assembly.add(mosh.Fragment.decode(payload)) for payload in payloads]
+    return [instruction for instruction in found if instruction is not None]
+
+
+def test_recorded_server_session_shows_hello_then_hello_world_then_ends() -> None:
+    client, now, shown = _client(), 0, []
+    client.datagrams_to_send(now)
+    for datagram in STOCK_SERVER.values():
+        now += 300
+        client.receive_datagram(bytes.fromhex(datagram), SERVER_ADDRESS, now)
+        client.frame_to_draw(now)
+        shown.append(client.shown.lines()[0].rstrip())
+    assert shown == ["hello", "hello", "hello world", "hello world"]
+    (last,) = _instructions(client.datagrams_to_send(now + 300))
+    assert last.ack_num == mosh.LAST_STATE_NUM and last.diff == b""
+    assert client.datagrams_to_send(now + 600) == []
+    assert client.phase is Phase.CLOSED and client.transport.clean
+
+
+def test_recorded_first_datagram_of_a_client_is_answered_at_once() -> None:
+    server = _server(width=100, height=30)
+    server.receive_datagram(bytes.fromhex(STOCK_CLIENT), HOME_ADDRESS, now=5_000)
+    assert server.size == (80, 24) and server.peer == HOME_ADDRESS and server.client_heard_at == 5_000
+    (answer,) = _instructions(server.datagrams_to_send(now=5_000))
+    assert (answer.old_num, answer.new_num, answer.ack_num, answer.throwaway_num) == (0, 1, 1, 0)
+    assert answer.diff.hex().startswith("0a061a0428503018")  # the resize that the client's wish has led to
+
+
+def test_a_stock_peer_is_told_nothing_that_stock_would_not_tell() -> None:
+    server = _server()
+    server.receive_datagram(bytes.fromhex(STOCK_CLIENT), HOME_ADDRESS, now=0)
+    assert server.client_hello is None
+    (answer,) = _instructions(server.datagrams_to_send(now=0))
+    assert answer.diff == b""
+    client = _client()
+    client.datagrams_to_send(now=0)
+    client.receive_datagram(bytes.fromhex(STOCK_SERVER["hello"]), SERVER_ADDRESS, now=300)
+    assert client.transport.remote.state.hello is None
+
+
+def test_our_own_two_ends_recognize_each_other(sim: Simulation) -> None:
+    client_hello, server_hello = sim.server.core.client_hello, sim.client.core.transport.remote.state.hello
+    assert client_hello is not None and server_hello is not None
+    assert client_hello.version == server_hello.version == mosh.__version__
+    assert client_hello.capabilities == server_hello.capabilities == mosh.CAPABILITIES
+
+
+class Cat(LineShell):
+    """A program that says nothing by itself, on a terminal that echoes."""
+
+    PROMPT = b""
+
+    def read(self, data: bytes) -> Iterator[Output]:
+        """Yield the echo."""
+        self.received += data
+        yield 1, data
+
+
+def test_the_life_of_one_key() -> None:
+    sim = Simulation(1, width=80, height=24, program=Cat())
+    sim.link.delay_ms = 4
+    sim.run(ms=1_400)
+    client_at, server_at = len(sim.sent(TO_SERVER)), len(sim.sent(TO_CLIENT))
+    (client_num, *_), (server_num, *_) = (sim.sent(side)[-1].numbers[1:] for side in (TO_SERVER, TO_CLIENT))
+    sim.client.type("a")
+    sim.run(ms=1_000)
+    (key, ack), (echo, echo_ack) = sim.sent(TO_SERVER)[client_at:], sim.sent(TO_CLIENT)[server_at:]
+    assert (key.numbers[1], key.instruction.diff.hex()) == (client_num + 1, "0a051203220161")
+    assert echo.numbers[1:3] == (server_num + 1, client_num + 1)
+    assert echo.instruction.diff.hex() == "0a051203220161"
+    assert echo_ack.numbers[1] == server_num + 2
+    assert echo_ack.instruction.diff.startswith(b"\n\x04:\x02@" + bytes((client_num + 1,)))
+    assert (ack.numbers[1:3], ack.instruction.diff) == ((client_num + 2, server_num + 2), b"")
+    assert key.at <= 1_401 and echo.at - key.at <= 4 + 1 + 8
+    assert 50 <= echo_ack.at - (key.at + 4) <= 60 and ack.at - echo.at <= 4 + 100
+
+
+# -- escape key
+
+NOT_THE_ESCAPE_KEY = (b"\x03", b"\x04", b"\n", b"\x0c", b"\r", b"\x80", b"ab")
+
+# MOSH_ESCAPE_KEY, what is typed, what goes to the program, what else happens
+ESCAPES: list[tuple[bytes | None, bytes, bytes, str]] = [
+    (None, b"abc", b"abc", ""),
+    (None, b"ab\x1e.cd", b"ab", "quit"),
+    (None, b"ab\x1e\x1acd", b"abcd", "suspend"),
+    (None, b"ab\x1e^cd", b"ab\x1ecd", ""),
+    (None, b"ab\x1excd", b"ab\x1excd", ""),
+    (None, b"\x1e\x1e.", b"\x1e\x1e.", ""),
+    (None, b"\x1e", b"", "help"),
+    (None, b"\x1a", b"\x1a", ""),
+    (b"", b"\x1e.", b"\x1e.", ""),
+    (b"\x01", b"x\x01.", b"x", "quit"),
+    (b"\x01", b"\x01a\x01A", b"\x01\x01", ""),
+    (b"\x01", b"\x1e.", b"\x1e.", ""),
+    (b"~", b"~.", b"~.", ""),
+    (b"~", b"ls\r~.", b"ls\r", "quit"),
+    (b"~", b"\n~.", b"\n", "quit"),
+    (b"~", b"\rx~.", b"\rx~.", ""),
+    (b"~", b"\r~~", b"\r~", ""),
+    (b"~", b"\r~~~.", b"\r~~.", ""),
+    (b"~", b"\r~x", b"\r~x", ""),
+    (b"~", b"\r~\r~.", b"\r~\r~.", ""),
+    (b"A", b"\rAa\rAA", b"\rA\rA", ""),
+    *((key, b"\x1e.", b"", "quit") for key in NOT_THE_ESCAPE_KEY),
+    *((key, key + b".", key + b".", "") for key in NOT_THE_ESCAPE_KEY),
+]
+
+
+def _pressed(client: mosh.ClientCore) -> bytes:
+    """Return the keys that the client has for the server."""
+    return bytes(event for event in client.transport.sender.current.events_since(0) if isinstance(event, int))
+
+
+def _happened(client: mosh.ClientCore) -> str:
+    if client.phase is Phase.CLOSING:
+        return "quit"
+    if client.suspend_requested:
+        return "suspend"
+    return "help" if "Commands" in client.bar.text(0) else ""
+
+
+@pytest.mark.parametrize("one_by_one", [False, True], ids=["in one read", "one by one"])
+@pytest.mark.parametrize(("setting", "typed", "sent", "happens"), ESCAPES)
+def test_escape_key(setting: bytes | None, typed: bytes, sent: bytes, happens: str, one_by_one: bool) -> None:
+    client = _client(setting=setting)
+    for i in range(len(typed) if one_by_one else 1):
+        client.receive_keys(typed[i : i + 1] if one_by_one else typed, now=0)
+    assert (_pressed(client), _happened(client)) == (sent, happens)
+
+
+HELP = [
+    (None, 'mosh: Commands: Ctrl-Z suspends, "." quits, "^" gives literal Ctrl-^'),
+    (b"\x01", 'mosh: Commands: Ctrl-Z suspends, "." quits, "A" gives literal Ctrl-A'),
+    (b"~", 'mosh: Commands: Ctrl-Z suspends, "." quits, "~" gives literal "~"'),
+]
+
+
+@pytest.mark.parametrize(("setting", "text"), HELP)
+def test_the_escape_key_tells_what_it_can_do_until_the_next_key(setting: bytes | None, text: str) -> None:
+    client = _client(setting=setting)
+    client.receive_keys(b"\r" + (setting or b"\x1e"), now=0)
+    client.frame_to_draw(now=5_000)
+    assert client.shown.lines()[0].rstrip() == text
+    client.receive_keys(b"x", now=5_000)
+    client.frame_to_draw(now=5_000)
+    assert "Commands" not in client.shown.lines()[0]
+
+
+def test_nothing_is_typed_any_more_once_the_client_is_leaving() -> None:
+    client = _client()
+    client.receive_keys(b"a\x1e.", now=0)
+    client.receive_keys(b"b\x1e\x1a", now=1)
+    assert _pressed(client) == b"a" and not client.suspend_requested
+
+
+# -- what the terminal answers
+
+REPLY = b"\x1b[?2026;2$y"
+
+
+@pytest.mark.parametrize("cut", [0, *range(3, len(REPLY) + 1)])  # one byte or two may be the Escape key and Alt-[
+def test_the_terminals_answer_is_not_typed(cut: int) -> None:
+    client = _client()
+    client.receive_keys(b"ab" + REPLY[:cut], now=10)
+    client.receive_keys(REPLY[cut:] + b"cd", now=20)
+    assert _pressed(client) == b"abcd"
+
+
+# the answer, whether frames are put between marks from then on
+SUPPORT = [(b"0", False), (b"1", True), (b"2", True), (b"3", False), (b"4", False)]
+
+
+@pytest.mark.parametrize(("answer", "marked"), SUPPORT)
+def test_frames_are_shown_at_once_where_the_terminal_can(answer: bytes, marked: bool) -> None:
+    client = _client()
+    client.receive_keys(b"\x1b[?2026;" + answer + b"$y", now=10)
+    frame = client.frame_to_draw(now=10)
+    assert frame.startswith(b"\x1b[?2026h") == frame.endswith(b"\x1b[?2026l") == marked
+    assert client.frame_to_draw(now=10) == b""
+
+
+def test_an_answer_is_not_looked_for_twice_nor_late() -> None:
+    client = _client()
+    client.receive_keys(REPLY + REPLY, now=10)
+    assert _pressed(client) == REPLY
+    client = _client()
+    client.receive_keys(REPLY, now=60_000)
+    assert _pressed(client) == REPLY
+
+
+def test_keys_that_look_like_an_answer_arrive_with_the_next_key() -> None:
+    client = _client()
+    for key in (b"\x1b", b"[", b"?", b"2", b"x"):
+        client.receive_keys(key, now=10)
+    assert _pressed(client) == b"\x1b[?2x"
+
+
+# -- notices
+
+# what the bar says when, to a client that hears nothing
+NOTICES = [
+    (250, ""),
+    (251, "mosh: Nothing received from server on UDP port 60001. [To quit: Ctrl-^ .]"),
+    (15_000, "mosh: Nothing received from server on UDP port 60001. (15 s without contact.) [To quit: Ctrl-^ .]"),
+    (15_001, "mosh: Timed out waiting for server... (15 s without contact.) [To quit: Ctrl-^ .]"),
+]
+
+
+@pytest.mark.parametrize(("now", "text"), NOTICES)
+def test_what_a_client_says_while_it_waits(now: int, text: str) -> None:
+    client = _client(width=127)
+    client.datagrams_to_send(now)
+    client.frame_to_draw(now)
+    assert client.shown.lines()[0].rstrip() == text
+    assert Screen(client.screen).text == ""
+
+
+def test_a_client_without_an_answer_leaves_after_15_s() -> None:
+    client = _client()
+    phases = []
+    for now in (15_000, 15_001):
+        client.datagrams_to_send(now)
+        phases.append(client.phase)
+    assert phases == [Phase.CONNECTING, Phase.CLOSING]
+
+
+def test_a_client_wakes_up_in_time_for_each_notice() -> None:
+    client, drawn = _client(), set()
+    now = 0
+    for _ in range(1_000):
+        client.frame_to_draw(now)
+        drawn.add(client.shown.lines()[0].rstrip()[:20])
+        client.datagrams_to_send(now)
+        now = client.next_timeout()
+        if now > 16_000:
+            break
+    assert drawn == {"", "mosh: Nothing receiv", "mosh: Timed out wait"}
+
+
+def test_an_answer_removes_the_notice() -> None:
+    client = _client()
+    client.datagrams_to_send(now=1_000)
+    client.receive_datagram(bytes.fromhex(STOCK_SERVER["hello"]), SERVER_ADDRESS, now=1_100)
+    client.frame_to_draw(now=1_100)
+    assert client.shown.lines()[0].rstrip() == "hello"
+
+
+def test_a_datagram_that_is_no_good_is_worth_a_word_until_there_is_a_session(sim: Simulation) -> None:
+    client = _client()
+    client.note_bad_datagram(mosh.PacketError("no good"), now=100)
+    client.frame_to_draw(now=100)
+    assert client.shown.lines()[0].startswith("mosh: Crypto exception: no good")
+    sim.client.core.note_bad_datagram(mosh.PacketError("no good"), sim.now)
+    sim.client.take_turn()
+    assert sim.client.seen == sim.client.screen
+
+
+def test_a_network_error_does_not_hide_what_the_user_asked_for(sim: Simulation) -> None:
+    sim.client.core.note_network_error("sendto: Network is unreachable", sim.now)
+    sim.client.take_turn()
+    assert sim.client.seen.lines[0].startswith("mosh: sendto: Network is unreachable")
+    sim.client.type("\x1e")
+    sim.client.core.note_network_error("sendto: Network is unreachable", sim.now)
+    sim.client.take_turn()
+    assert sim.client.seen.lines[0].startswith("mosh: Commands: ")
+
+
+@pytest.mark.parametrize("reason", ["Exiting...", "Signal received, shutting down..."])
+def test_a_client_that_leaves_says_why(sim: Simulation, reason: str) -> None:
+    sim.client.core.start_shutdown(reason, sim.now)
+    sim.client.take_turn()
+    assert sim.client.seen.lines[0] == f"mosh: {reason} [To quit: Ctrl-^ .]"
+
+
+def test_the_frame_left_behind_has_neither_bar_nor_prefix(sim: Simulation) -> None:
+    sim.server.write(b"\x1b]0;work\x07")
+    sim.run(ms=500)
+    sim.client.quit()
+    sim.run(ms=500)
+    assert sim.client.terminal.framebuffer.window_title == "[mosh] work"
+    sim.client.terminal.feed(sim.client.core.last_frame(sim.now))
+    assert sim.client.seen == sim.server.screen
+    assert sim.client.terminal.framebuffer.window_title == "work"
+
+
+# -- what is drawn
+
+
+def test_a_title_is_prefixed_for_the_user_only(sim: Simulation) -> None:
+    sim.server.write(b"\x1b]0;both\x07\x1b]2;window\x07")
+    sim.run(ms=500)
+    assert sim.client.terminal.framebuffer.window_title == "[mosh] window"
+    assert sim.client.terminal.framebuffer.icon_name == "both"
+    assert sim.client.core.screen.window_title == "window"
+
+
+def test_the_prefix_can_be_left_out() -> None:
+    sim = Simulation(1, title_prefix="")
+    sim.run(ms=1_000)
+    sim.server.write(b"\x1b]2;plain\x07")
+    sim.run(ms=500)
+    assert sim.client.terminal.framebuffer.window_title == "plain"
+
+
+def test_nothing_is_drawn_while_nothing_changes(sim: Simulation) -> None:
+    before = sim.client.frame_count
+    sim.run(ms=60_000)
+    assert sim.client.frame_count == before
+
+
+def test_ctrl_l_repaints_what_another_program_has_spoilt(sim: Simulation) -> None:
+    sim.client.terminal.feed(b"\x1b[5;5H\x1b[7mmessage from root")
+    sim.run(ms=500)
+    assert sim.client.seen != sim.client.screen
+    sim.client.type("\x0c")
+    sim.run(ms=0)
+    assert sim.client.seen == sim.client.screen
+    sim.run(ms=500)
+    assert sim.server.program.received == b"\x0c"
+
+
+def test_a_repaint_can_be_asked_for(sim: Simulation) -> None:
+    sim.client.terminal.feed(b"\x1bc")
+    sim.client.core.repaint()
+    sim.client.take_turn()
+    assert sim.client.seen == sim.client.screen
+
+
+# -- prediction
+
+
+def _confirmed(mode: mosh.PredictionMode) -> Simulation:
+    """Return a session whose first epoch is confirmed, on a link that is slow from now on."""
+    sim = Simulation(1, mode=mode)
+    sim.run(ms=1_000)
+    sim.client.type("a", every_ms=1)
+    sim.run(ms=1_000)
+    sim.link.delay_ms = 1_000
+    return sim
+
+
+@pytest.mark.parametrize(("count", "predicted"), [(1, True), (40, True), (100, True), (101, False), (1_000, False)])
+def test_a_paste_is_not_predicted(count: int, predicted: bool) -> None:
+    sim = _confirmed(mosh.PredictionMode.ALWAYS)
+    sim.client.type("b" * count)
+    sim.run(ms=0)
+    assert ("b" in sim.client.seen.text) == predicted
+    sim.run(ms=5_000)
+    assert sim.server.program.received == b"a" + b"b" * count
+
+
+SHOWN = [
+    (mosh.PredictionMode.ALWAYS, "$ ab"),
+    (mosh.PredictionMode.NEVER, "$ a"),
+    (mosh.PredictionMode.ADAPTIVE, "$ a"),
+]
+
+
+@pytest.mark.parametrize(("mode", "text"), SHOWN)
+def test_whether_a_prediction_is_shown_on_a_link_that_was_fast(mode: mosh.PredictionMode, text: str) -> None:
+    sim = _confirmed(mode)
+    sim.client.type("b")
+    sim.run(ms=0)
+    assert sim.client.seen.text == text
+
+
+def test_predictions_are_drawn_over_the_screen_not_into_it() -> None:
+    sim = _confirmed(mosh.PredictionMode.ALWAYS)
+    sim.client.type("b")
+    sim.run(ms=0)
+    assert (sim.client.shown.text, sim.client.screen.text) == ("$ ab", "$ a")
+
+
+def test_a_prediction_long_unanswered_is_shown_though_nothing_else_wakes_the_client(sim: Simulation) -> None:
+    sim.client.type("\ra", every_ms=500)
+    sim.run(ms=1_000)
+    sim.blackout(ms=60_000)
+    sim.run(ms=12_000)
+    sim.client.type("b")
+    sim.run(ms=200)
+    assert sim.client.seen.lines[1] == "$ a"
+    sim.run(ms=110)
+    assert sim.client.seen.lines[1] == "$ ab"
+
+
+# -- the program's side
+
+
+def test_keys_go_to_the_program_as_they_were_typed(sim: Simulation) -> None:
+    everything = bytes(key for key in range(256) if key not in (0x1E, 0x1B))
+    sim.client.type(everything)
+    sim.run(ms=500)
+    assert sim.server.program.received == everything
+
+
+def test_arrow_keys_follow_the_programs_mode(sim: Simulation) -> None:
+    sim.client.type("\x1bOA")
+    sim.run(ms=500)
+    sim.server.write(b"\x1b[?1h")
+    sim.client.type("\x1bOA")
+    sim.run(ms=500)
+    assert sim.server.program.received == b"\x1b[A\x1bOA"
+
+
+def test_a_query_is_answered_by_the_server_itself(sim: Simulation) -> None:
+    sim.server.write(b"\x1b[6n")
+    sim.run(ms=0)
+    assert sim.server.program.received == b"\x1b[1;3R"
+
+
+def test_an_echo_ack_comes_even_if_the_program_says_nothing(sim: Simulation) -> None:
+    sim.client.type("quiet\r")
+    sim.run(ms=1_000)
+    sim.client.type("x")
+    sim.run(ms=1)
+    num = sim.client.core.transport.last_sent_num
+    took_ms = sim.run_until(lambda: sim.client.core.transport.remote.state.echo_ack == num, limit_ms=200)
+    assert 50 + 20 - 1 <= took_ms <= 50 + 20 + 30
+
+
+def test_an_echo_ack_is_not_early(sim: Simulation) -> None:
+    sim.client.type("x")
+    sim.run(ms=1)
+    num = sim.client.core.transport.last_sent_num
+    sim.run(ms=10 + 49)
+    sim.server.write(b"output in between")
+    sim.run(ms=0)
+    assert sim.server.core.transport.sender.current.echo_ack < num
+    sim.run(ms=1)
+    assert sim.server.core.transport.sender.current.echo_ack == num
+
+
+def test_output_cut_inside_a_sequence_does_not_leak(sim: Simulation) -> None:
+    sim.server.write(b"\x1b[3")
+    sim.run(ms=500)
+    sim.server.write(b"1mred\xe6\xbc")
+    sim.run(ms=500)
+    sim.server.write(b"\xa2")
+    sim.run(ms=500)
+    assert sim.client.screen == sim.server.screen
+    assert sim.client.screen.lines[0] == "$ red\u6f22"
+
+
+# -- window size
+
+
+def test_the_program_gets_the_users_window(sim: Simulation) -> None:
+    assert sim.server.sizes == [(WIDTH, HEIGHT)]
+    sim.client.resize(100, 30)
+    sim.run(ms=500)
+    assert sim.server.sizes[1:] == [(100, 30)]
+    assert (sim.client.core.screen.width, sim.client.core.screen.height) == (100, 30)
+    assert sim.client.seen == sim.client.screen == sim.server.screen
+
+
+def test_of_many_resizes_only_the_last_one_reaches_the_program(sim: Simulation) -> None:
+    for width in range(40, 90):
+        sim.client.resize(width, 10)
+    sim.run(ms=500)
+    assert sim.server.sizes == [(WIDTH, HEIGHT), (89, 10)]
+
+
+def test_keys_and_resizes_keep_their_order(sim: Simulation) -> None:
+    sim.blackout(ms=500)
+    sim.client.type("a")
+    sim.client.resize(70, 10)
+    sim.client.type("b")
+    sim.client.resize(71, 11)
+    sim.run(ms=2_000)
+    assert sim.server.program.received == b"ab" and sim.server.sizes[-1] == (71, 11)
+
+
+@pytest.mark.parametrize(("width", "height"), [(0, 0), (0, 24), (80, 0)])
+def test_a_window_without_size_is_never_reported(width: int, height: int) -> None:
+    client = _client()
+    client.resize(width, height, now=0)
+    (size,) = [event for event in client.transport.sender.current.events_since(2) if isinstance(event, mosh.Resize)]
+    assert (size.width, size.height) == (max(1, width), max(1, height))
+
+
+def test_a_window_larger_than_any_wall_is_cut_to_size() -> None:
+    server = _server()
+    Sender(server).resize(1, 0xFFFF, 0xFFFF)
+    assert server.size[0] * server.size[1] <= mosh.SCREEN_LIMIT_CELLS
+    assert (server.screen.width, server.screen.height) == server.size
+
+
+# -- a program that does not read
+
+
+def test_what_waits_for_a_program_that_does_not_read_is_bounded() -> None:
+    server = _server()
+    sender = Sender(server)
+    sender.type(1, b"a" * 3_000_000)
+    sender.type(2, b"b" * 3_000_000)
+    assert len(server.host_input) == mosh.INPUT_LIMIT_BYTES
+    assert server.host_input.endswith(b"b") and server.transport.remote.num == 2
+    del server.host_input[:]
+    sender.type(3, b"c")
+    assert server.host_input == b"c"
+
+
+def test_one_large_paste_after_another_is_taken() -> None:
+    server = _server()
+    sender = Sender(server)
+    for num in range(1, 5):
+        sender.type(num, b"a" * 3_000_000)
+        assert len(server.host_input) == 3_000_000
+        del server.host_input[:]
+
+
+def test_answers_to_a_program_that_asks_and_does_not_read_are_bounded() -> None:
+    server = _server()
+    for _ in range(100):
+        server.receive_host_output(b"\x1b[6n" * 1_000, now=0)
+    assert len(server.host_input) <= mosh.REPLY_LIMIT_BYTES + 6_000
+
+
+def test_a_client_takes_no_more_keys_than_it_can_keep_until_they_have_arrived() -> None:
+    sim = Simulation(1, program=Cat())
+    sim.run(ms=1_000)
+    read = b"x" * 16_384
+    sim.server.reads_input = False
+    count = 0
+    while sim.client.core.takes_keys and count < 1_000:
+        sim.client.type(read)
+        count += 1
+    assert count == mosh.TYPED_LIMIT_EVENTS // len(read)
+    sim.run(ms=3_500)
+    assert sim.client.core.takes_keys
+    sim.server.reads_input = True
+    sim.client.type("y")
+    sim.run(ms=500)
+    assert sim.server.program.received == sim.client.typed
+
+
+def test_a_program_that_reads_late_reads_everything_once(sim: Simulation) -> None:
+    sim.server.reads_input = False
+    sim.client.type("typed while the program is busy ", every_ms=40)
+    sim.run(ms=5_000)
+    sim.client.type("x" * 5_000)
+    sim.run(ms=5_000)
+    assert sim.server.program.received == b""
+    sim.server.reads_input = True
+    sim.run_until(lambda: sim.settled, limit_ms=4_000)
+
+
+# -- addresses and the end
+
+
+def test_a_server_without_a_client_sleeps() -> None:
+    server = _server()
+    server.receive_host_output(b"early output", now=10)
+    assert server.next_timeout() is None and server.datagrams_to_send(now=1_000_000) == []
+    assert server.peer is None and server.client_heard_at == 0
+
+
+@pytest.mark.parametrize("garbage", [b"", b"x", bytes(24), bytes(2_048), bytes(3_000)])
+def test_garbage_changes_nothing(sim: Simulation, garbage: bytes) -> None:
+    for end in (sim.server, sim.client):
+        before = end.core.next_timeout()
+        with pytest.raises(mosh.PacketError):
+            end.core.receive_datagram(garbage, NEW_ADDRESS, sim.now)
+        assert end.core.next_timeout() == before
+    assert sim.server.peer == HOME_ADDRESS
+
+
+def test_the_last_screen_travels_with_the_goodbye(sim: Simulation) -> None:
+    sim.server.write(b"last words")
+    sim.server.quit()
+    sim.run(ms=500)
+    assert sim.ended and sim.client.screen.lines[0] == "$ last words"
+
+
+def test_an_end_that_has_ended_stays_silent(sim: Simulation) -> None:
+    sim.client.quit()
+    sim.run(ms=500)
+    assert sim.ended
+    assert sim.server.core.datagrams_to_send(sim.now + 5_000) == []
+    assert sim.client.core.datagrams_to_send(sim.now + 5_000) == []
+
+
+def test_asking_for_the_next_deadline_changes_nothing(sim: Simulation) -> None:
+    sim.client.type("x")
+    sim.server.write(b"y")
+    for end in (sim.server, sim.client):
+        assert end.core.next_timeout() == end.core.next_timeout()

@@ -1,0 +1,313 @@
+"""Section 16: sockets, signals, waiting and the window size, on this machine's loopback."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pty
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import termios
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import mosh
+import peers
+
+WAIT_MS = 5_000
+
+
+def _ipv6_works() -> bool:
+    try:
+        with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
+
+
+needs_ipv6 = pytest.mark.skipif(not _ipv6_works(), reason="this machine has no IPv6")
+FAMILIES = [
+    pytest.param((socket.AF_INET, "127.0.0.1"), id="IPv4"),
+    pytest.param((socket.AF_INET6, "::1"), id="IPv6", marks=needs_ipv6),
+]
+
+
+@pytest.fixture(params=FAMILIES)
+def place(request: pytest.FixtureRequest) -> tuple[int, str]:
+    """An address family and its loopback address."""
+    family, host = request.param
+    return family, host
+
+
+@pytest.fixture
+def ends(place: tuple[int, str]) -> Iterator[tuple[mosh.UdpSocket, mosh.UdpSocket, str]]:
+    """Two sockets bound to loopback, and its address."""
+    family, host = place
+    one, other = mosh.UdpSocket(family), mosh.UdpSocket(family)
+    one.bind(host, 0)
+    other.bind(host, 0)
+    yield one, other, host
+    one.close()
+    other.close()
+
+
+def _received(udp: mosh.UdpSocket) -> tuple[bytes, mosh.Address, bool] | None:
+    """The next datagram; None if none comes."""
+    return udp.receive() if mosh.Waiter().wait([udp], (), mosh.monotonic_ms() + WAIT_MS) else None
+
+
+# -- UDP -------------------------------------------------------------------------------------------------------
+
+
+def test_a_datagram_arrives_with_its_source(ends: tuple[mosh.UdpSocket, mosh.UdpSocket, str]) -> None:
+    one, other, host = ends
+    one.send(b"hello", (host, other.port))
+    received = _received(other)
+    assert received is not None
+    data, source, congested = received
+    assert (data, source[0], source[1], congested) == (b"hello", host, one.port, False)
+    other.send(b"back", source)
+    answer = _received(one)
+    assert answer is not None and answer[0] == b"back"
+
+
+def test_nothing_there_is_no_error_and_does_not_wait(ends: tuple[mosh.UdpSocket, mosh.UdpSocket, str]) -> None:
+    assert ends[0].receive() is None
+
+
+def test_an_empty_datagram_is_one(ends: tuple[mosh.UdpSocket, mosh.UdpSocket, str]) -> None:
+    one, other, host = ends
+    one.send(b"", (host, other.port))
+    received = _received(other)
+    assert received is not None and received[0] == b""
+
+
+def test_an_oversized_datagram_is_seen_as_such(ends: tuple[mosh.UdpSocket, mosh.UdpSocket, str]) -> None:
+    one, other, host = ends
+    one.send(bytes(9_000), (host, other.port))
+    received = _received(other)
+    assert received is not None and len(received[0]) > mosh.RECEIVE_LIMIT_BYTES
+
+
+def test_nobody_listening_is_no_error(ends: tuple[mosh.UdpSocket, mosh.UdpSocket, str]) -> None:
+    one, other, host = ends
+    port = other.port
+    other.close()
+    one.send(b"into the void", (host, port))
+    assert one.receive() is None
+    one.send(b"again", (host, port))
+
+
+def test_a_datagram_beyond_udp_raises_for_the_caller_to_judge(ends: tuple[mosh.UdpSocket, mosh.UdpSocket, str]) -> None:
+    one, other, host = ends
+    with pytest.raises(OSError):
+        one.send(bytes(70_000), (host, other.port))
+
+
+def test_a_port_in_use_raises(ends: tuple[mosh.UdpSocket, mosh.UdpSocket, str], place: tuple[int, str]) -> None:
+    udp = mosh.UdpSocket(place[0])
+    with pytest.raises(OSError):
+        udp.bind(place[1], ends[0].port)
+    udp.close()
+
+
+@pytest.mark.parametrize(("mark", "congested"), [(0, False), (1, False), (2, False), (3, True), (0xFF, True)])
+@pytest.mark.parametrize("bound_to", ["127.0.0.1", pytest.param("::", marks=needs_ipv6)])
+def test_a_congestion_mark_on_ipv4_is_seen(bound_to: str, mark: int, congested: bool) -> None:
+    """RFC 3168: both bits set. A socket on the IPv6 wildcard sees it too; on IPv6 itself stock does not look."""
+    udp = mosh.UdpSocket(socket.AF_INET6 if ":" in bound_to else socket.AF_INET)
+    udp.bind(bound_to, 0)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+        sender.setsockopt(socket.IPPROTO_IP, socket.IP_TOS, mark)
+        if sender.getsockopt(socket.IPPROTO_IP, socket.IP_TOS) & 3 != mark & 3:
+            pytest.skip("this system does not let us set the mark")
+        sender.sendto(b"marked", ("127.0.0.1", udp.port))
+    received = _received(udp)
+    udp.close()
+    assert received is not None and received[2] == congested
+
+
+def test_datagrams_say_that_they_may_be_marked() -> None:
+    udp = mosh.UdpSocket(socket.AF_INET)
+    with socket.socket(fileno=os.dup(udp.fileno())) as view:
+        assert view.getsockopt(socket.IPPROTO_IP, socket.IP_TOS) & 3 == 2
+    udp.close()
+
+
+@needs_ipv6
+@pytest.mark.parametrize(("family", "host"), [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")])
+def test_the_ipv6_wildcard_hears_both_families(family: int, host: str) -> None:
+    udp, sender = mosh.UdpSocket(socket.AF_INET6), mosh.UdpSocket(family)
+    udp.bind("::", 0)
+    sender.send(b"hello", (host, udp.port))
+    received = _received(udp)
+    assert received is not None and received[0] == b"hello"
+    udp.send(b"back", received[1])
+    answer = _received(sender)
+    assert answer is not None and answer[0] == b"back"
+    udp.close()
+    sender.close()
+
+
+# -- signals ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def signals() -> Iterator[mosh.Signals]:
+    """Two signals to wait for."""
+    signals = mosh.Signals(signal.SIGUSR1, signal.SIGUSR2)
+    yield signals
+    signals.close()
+
+
+def test_a_signal_wakes_the_waiter(signals: mosh.Signals) -> None:
+    assert signals.take() == set()
+    os.kill(os.getpid(), signal.SIGUSR1)
+    assert mosh.Waiter().wait([signals], (), mosh.monotonic_ms() + WAIT_MS) == {signals}
+    assert signals.take() == {signal.SIGUSR1}
+    assert signals.take() == set()
+
+
+def test_several_signals_are_told_at_once(signals: mosh.Signals) -> None:
+    for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGUSR1):
+        os.kill(os.getpid(), number)
+    assert mosh.Waiter().wait([signals], (), mosh.monotonic_ms() + WAIT_MS) == {signals}
+    assert signals.take() == {signal.SIGUSR1, signal.SIGUSR2}
+
+
+def test_a_flood_of_signals_blocks_nothing(signals: mosh.Signals) -> None:
+    for _ in range(10_000):
+        signal.raise_signal(signal.SIGUSR1)
+    assert signals.take() == {signal.SIGUSR1}
+
+
+def test_closing_restores_what_was_before() -> None:
+    before = signal.getsignal(signal.SIGUSR1)
+    wakeup = signal.set_wakeup_fd(-1)
+    signal.set_wakeup_fd(wakeup)
+    signals = mosh.Signals(signal.SIGUSR1)
+    assert signal.getsignal(signal.SIGUSR1) != before
+    signals.close()
+    assert signal.getsignal(signal.SIGUSR1) == before
+    assert signal.set_wakeup_fd(-1) == wakeup
+
+
+# -- waiting ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
+    """Two connected sockets."""
+    one, other = socket.socketpair()
+    with one, other:
+        yield one, other
+
+
+def test_a_deadline_that_has_passed_does_not_wait(pair: tuple[socket.socket, socket.socket]) -> None:
+    assert mosh.Waiter().wait([pair[0]], (), mosh.monotonic_ms() - 1_000) == set()
+
+
+def test_it_waits_until_the_deadline(pair: tuple[socket.socket, socket.socket]) -> None:
+    deadline = mosh.monotonic_ms() + 30
+    assert mosh.Waiter().wait([pair[0]], (), deadline) == set()
+    assert mosh.monotonic_ms() >= deadline
+
+
+def test_what_is_ready_is_told_apart(pair: tuple[socket.socket, socket.socket]) -> None:
+    one, other = pair
+    waiter = mosh.Waiter()
+    assert waiter.wait([one, other], (), 0) == set()
+    one.send(b"x")
+    assert waiter.wait([one, other], (), None) == {other}
+    assert waiter.wait([one], [other], None) == {other}
+    assert waiter.wait([one, other], [one, other], None) == {one, other}
+
+
+def test_a_waiter_can_watch_another_set_each_time(pair: tuple[socket.socket, socket.socket]) -> None:
+    one, other = pair
+    waiter = mosh.Waiter()
+    one.send(b"x")
+    for watched in ([one], [other], [one, other], [other.fileno()]):
+        ready = waiter.wait(watched, (), 0)
+        assert ready == {item for item in watched if item in (other, other.fileno())}
+    one.close()
+    assert waiter.wait([other], (), 0) == {other}
+
+
+def test_the_clock_does_not_go_back() -> None:
+    times = [mosh.monotonic_ms() for _ in range(1_000)]
+    assert times == sorted(times) and all(isinstance(now, int) for now in times)
+
+
+# -- terminals and descriptors ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("size", "seen"), [
+    ((132, 43), (132, 43)), ((1, 1), (1, 1)), ((65535, 65535), (65535, 65535)),
+    ((0, 0), (80, 24)), ((0, 24), (80, 24)), ((80, 0), (80, 24)),
+])  # fmt: skip
+def test_the_window_size_of_a_terminal(size: tuple[int, int], seen: tuple[int, int]) -> None:
+    keeper, user = pty.openpty()
+    try:
+        fcntl.ioctl(user, termios.TIOCSWINSZ, struct.pack("HHHH", size[1], size[0], 0, 0))
+        assert mosh.window_size(user) == seen
+    finally:
+        os.close(keeper)
+        os.close(user)
+
+
+def test_the_window_size_of_what_is_no_terminal(pair: tuple[socket.socket, socket.socket]) -> None:
+    assert mosh.window_size(pair[0].fileno()) == (80, 24)
+    assert mosh.window_size(99_999) == (80, 24)
+
+
+def test_everything_is_written_even_if_the_reader_is_slow(pair: tuple[socket.socket, socket.socket]) -> None:
+    writer, reader = pair
+    writer.setblocking(False)
+    data = bytes(range(256)) * 8_000
+    code = "import sys; sys.stdout.buffer.write(sys.stdin.buffer.read())"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=reader.fileno(), stdout=subprocess.PIPE) as process:
+        reader.close()
+        mosh.write_all(writer.fileno(), data)
+        writer.close()
+        assert process.stdout is not None and process.stdout.read() == data
+
+
+def test_a_reader_that_has_gone_is_no_error(pair: tuple[socket.socket, socket.socket]) -> None:
+    pair[1].close()
+    mosh.write_all(pair[0].fileno(), b"nobody reads this")
+
+
+@pytest.mark.parametrize(("value", "expected"), [(None, None), ("", b""), ("^", b"^"), ("\udcff", b"\xff")])
+def test_the_environment_as_bytes(value: str | None, expected: bytes | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MOSH_TEST", raising=False)
+    if value is not None:
+        monkeypatch.setenv("MOSH_TEST", value)
+    assert mosh.environment_bytes("MOSH_TEST") == expected
+
+
+@pytest.mark.parametrize("kind", ["file", "link", "archive"])
+def test_the_program_knows_how_to_start_itself_again(kind: str, tmp_path: Path) -> None:
+    """From another folder, and with a relative path."""
+    path = tmp_path / "program.py"
+    if kind == "link":
+        path.symlink_to(peers.REPOSITORY / "mosh.py")
+    elif kind == "archive":
+        path = tmp_path / "program.pyz"
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.write(peers.REPOSITORY / "mosh.py", "mosh.py")
+            archive.writestr("__main__.py", "import mosh, sys\nsys.exit(mosh.main())\n")
+    else:
+        path.write_bytes((peers.REPOSITORY / "mosh.py").read_bytes())
+    code = f"import sys; sys.path.insert(0, {str(path if kind == 'archive' else path.parent)!r})\n"
+    code += f"import {'mosh' if kind == 'archive' else 'program'} as mosh; print('\\0'.join(mosh.own_program()))"
+    words = subprocess.run([sys.executable, "-c", code], cwd="/", capture_output=True, text=True, check=True)
+    finished = subprocess.run([*words.stdout.rstrip("\n").split("\0"), "--version"], capture_output=True, text=True)
+    assert (finished.returncode, mosh.__version__ in finished.stdout) == (0, True), finished.stderr

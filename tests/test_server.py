@@ -1,0 +1,501 @@
+"""Section 17: the server finds a port, a locale and an environment for its child, announces itself and detaches."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+
+import mosh
+import peers
+from peers import LOOPBACK, Server, process_alive, running_server, session_env, wait_until
+
+LIMIT_SECONDS = 20.0
+Family = socket.AddressFamily
+
+
+def _family_works(family: Family, host: str) -> bool:
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.bind((host, 0))
+    except OSError:
+        return False
+    return True
+
+
+needs_ipv6 = pytest.mark.skipif(not _family_works(socket.AF_INET6, "::1"), reason="this machine has no IPv6")
+
+
+def test_a_server_announces_itself_and_detaches(home: Path) -> None:
+    with running_server("ours", session_env(home), command=("cat",)) as server:
+        assert server.alive()
+        assert server.port >= mosh.FIRST_PORT
+
+
+# -- binding ---------------------------------------------------------------------------------------------------
+
+
+def _options(ports: tuple[int, int] = (0, 0), address: str = "") -> mosh.ServerOptions:
+    options = mosh.ServerOptions()
+    options.ports, options.bind_address = ports, address
+    return options
+
+
+@contextmanager
+def _bound(options: mosh.ServerOptions) -> Iterator[tuple[mosh.UdpSocket, str]]:
+    """A socket that the server chose, and the address it is bound to."""
+    udp = mosh.bind_server(options)
+    try:
+        with socket.socket(fileno=os.dup(udp.fileno())) as view:
+            yield udp, str(view.getsockname()[0])
+    finally:
+        udp.close()
+
+
+@contextmanager
+def _row_of_free_ports(count: int) -> Iterator[tuple[int, list[socket.socket]]]:
+    """`count` neighbouring ports that are all held here, on loopback; closing one of the sockets frees its port."""
+    for first in range(61000, 64000, count):
+        with ExitStack() as stack:
+            held = [stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) for _ in range(count)]
+            try:
+                for port, each in enumerate(held, first):
+                    each.bind((LOOPBACK, port))
+            except OSError:
+                continue
+            yield first, held
+            return
+    pytest.skip("no neighbouring free ports on this machine")
+
+
+def test_port_zero_is_any_port() -> None:
+    with _bound(_options((0, 0), LOOPBACK)) as (udp, host):
+        assert udp.port > 0 and host == LOOPBACK
+
+
+def test_the_default_is_the_lowest_free_port_of_the_range() -> None:
+    options = mosh.ServerOptions()
+    options.bind_address = LOOPBACK
+    with _bound(options) as (first, _), _bound(options) as (second, _):
+        assert mosh.FIRST_PORT <= first.port < second.port <= mosh.LAST_PORT
+
+
+@pytest.mark.parametrize("free", [0, 1, 3])
+def test_occupied_ports_are_passed_over(free: int) -> None:
+    with _row_of_free_ports(4) as (first, held):
+        held[free].close()
+        with _bound(_options((first, first + 3), LOOPBACK)) as (udp, _):
+            assert udp.port == first + free
+
+
+def test_a_free_port_outside_the_range_is_not_taken() -> None:
+    with _row_of_free_ports(4) as (first, held):
+        held[0].close()
+        held[3].close()
+        with pytest.raises(mosh.BootstrapError, match=f"{first + 1}-{first + 2}"):
+            mosh.bind_server(_options((first + 1, first + 2), LOOPBACK))
+
+
+def test_a_single_occupied_port_is_named() -> None:
+    with _row_of_free_ports(1) as (first, _), pytest.raises(mosh.BootstrapError, match=rf"\b{first}\b") as error:
+        mosh.bind_server(_options((first, first), LOOPBACK))
+    assert "in use" in str(error.value) and error.value.status == 1
+
+
+def _own_descriptors() -> list[Path]:
+    folder = Path("/proc/self/fd")
+    return list(folder.iterdir()) if folder.exists() else []
+
+
+def test_a_failing_bind_leaks_no_descriptors() -> None:
+    with _row_of_free_ports(4) as (first, _):
+        before = _own_descriptors()
+        with pytest.raises(mosh.BootstrapError):
+            mosh.bind_server(_options((first, first + 3), LOOPBACK))
+        after = _own_descriptors()
+        assert len(after) == len(before)
+
+
+@pytest.mark.parametrize("address", ["192.0.2.1", "2001:db8::1", "not an address", "999.1.1.1", ":::", "a..b"])
+def test_an_address_that_is_not_ours_gives_any_address_and_a_word(
+    address: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with _bound(_options((0, 0), address)) as (_, host):
+        assert host in ("::", "0.0.0.0")
+    assert f"Error binding to IP {address}" in capfd.readouterr().err
+
+
+@needs_ipv6
+def test_an_ipv6_address_is_taken() -> None:
+    with _bound(_options((0, 0), "::1")) as (udp, host):
+        assert (udp.family, host) == (socket.AF_INET6, "::1")
+
+
+@pytest.mark.parametrize(
+    ("family", "host"), [(socket.AF_INET, LOOPBACK), pytest.param(socket.AF_INET6, "::1", marks=needs_ipv6)]
+)
+def test_without_an_address_it_hears_both_families(family: Family, host: str) -> None:
+    with _bound(_options()) as (udp, _), socket.socket(family, socket.SOCK_DGRAM) as sender:
+        sender.sendto(b"hello", (host, udp.port))
+        ready = mosh.Waiter().wait([udp], (), mosh.monotonic_ms() + 5_000)
+        received = udp.receive() if ready else None
+        assert received is not None and received[0] == b"hello"
+
+
+# -- locale ----------------------------------------------------------------------------------------------------
+
+REPAIR = """
+import json, locale, os, sys, mosh
+mosh.use_utf8_locale(os.environ, json.loads(sys.argv[1]))
+names = [name for name in mosh.LOCALE_VARIABLES if name in os.environ]
+print(json.dumps([locale.nl_langinfo(locale.CODESET), {name: os.environ[name] for name in names}]))
+"""
+UTF8 = "C.UTF-8"
+
+LOCALES: list[tuple[dict[str, str], dict[str, str], dict[str, str]]] = [
+    # the host's own variables, the client's, what the child gets
+    ({"LANG": UTF8}, {}, {"LANG": UTF8}),
+    ({"LANG": UTF8}, {"LANG": "C"}, {"LANG": UTF8}),
+    ({"LC_ALL": UTF8, "LANG": "C"}, {"LC_ALL": "C"}, {"LC_ALL": UTF8, "LANG": "C"}),
+    ({"LANG": "C", "LC_TIME": "C"}, {"LANG": UTF8}, {"LANG": UTF8}),
+    ({"LC_ALL": "C"}, {"LC_CTYPE": UTF8, "LC_TIME": "C"}, {"LC_CTYPE": UTF8, "LC_TIME": "C"}),
+    ({}, {"LC_ALL": UTF8}, {"LC_ALL": UTF8}),
+    ({}, {}, {"LC_CTYPE": UTF8}),
+    ({"LC_ALL": "C"}, {}, {"LC_CTYPE": UTF8}),
+    ({"LANG": "POSIX"}, {"LANG": "xx_XX.UTF-8"}, {"LANG": "xx_XX.UTF-8", "LC_CTYPE": UTF8}),
+    ({"LANG": "C"}, {"LC_ALL": "xx_XX.UTF-8"}, {"LC_CTYPE": UTF8}),
+    ({"LC_ALL": "xx_XX.UTF-8"}, {"LANG": UTF8}, {"LANG": UTF8}),
+    ({"LANG": "xx_XX"}, {"LANG": "C"}, {"LANG": "C", "LC_CTYPE": UTF8}),
+    ({"LANG": "C"}, {"LANG": ""}, {"LANG": "", "LC_CTYPE": UTF8}),
+]
+
+
+@pytest.mark.parametrize(("native", "fallback", "expected"), LOCALES)
+@pytest.mark.parametrize("coercion", ["0", "1"], ids=["", "coerced"])
+def test_a_locale_is_repaired_until_it_is_utf8(
+    home: Path, native: dict[str, str], fallback: dict[str, str], expected: dict[str, str], coercion: str
+) -> None:
+    """It asks the C library, hence the process. `coercion` is Python's own meddling with LC_CTYPE (PEP 538)."""
+    environ = {**session_env(home), "PYTHONCOERCECLOCALE": coercion}
+    del environ["LANG"]
+    finished = subprocess.run(
+        [sys.executable, "-c", REPAIR, json.dumps(fallback)], env={**environ, **native}, cwd=peers.REPOSITORY,
+        capture_output=True, text=True, timeout=LIMIT_SECONDS,
+    )
+    assert finished.stderr == ""
+    assert json.loads(finished.stdout) == ["UTF-8", expected]
+
+
+# -- environment and timeouts ----------------------------------------------------------------------------------
+
+ENVIRONMENTS: list[tuple[dict[str, str], int, dict[str, str]]] = [
+    ({"HOME": "/h"}, 256, {"HOME": "/h", "PWD": "/h", "TERM": "xterm-256color", "NCURSES_NO_UTF8_ACS": "1"}),
+    ({"HOME": "/h"}, 8, {"HOME": "/h", "PWD": "/h", "TERM": "xterm", "NCURSES_NO_UTF8_ACS": "1"}),
+    ({"HOME": "/h", "TERM": "screen"}, 0, {"TERM": "xterm"}),
+    ({"HOME": "/h"}, -1, {"TERM": "xterm"}),
+    ({"HOME": "/h"}, 257, {"TERM": "xterm"}),
+    ({"HOME": "/h", "PWD": "/elsewhere"}, 0, {"PWD": "/h"}),
+    ({"HOME": "/h", "SSH_CONNECTION": "a b c d", "LANG": "C"}, 0, {"SSH_CONNECTION": "a b c d", "LANG": "C"}),
+    ({"HOME": "/h", "MOSH_SERVER_NETWORK_TMOUT": "7"}, 0, {"MOSH_SERVER_NETWORK_TMOUT": "7"}),
+    ({"HOME": "/h", "ODD": os.fsdecode(b"\xff")}, 0, {"ODD": os.fsdecode(b"\xff")}),
+]
+
+
+@pytest.mark.parametrize(("environ", "colors", "expected"), ENVIRONMENTS)
+def test_environment_of_the_child(environ: dict[str, str], colors: int, expected: dict[str, str]) -> None:
+    before = dict(environ)
+    child = mosh.child_environment(environ, colors)
+    assert {name: child.get(name) for name in expected} == expected
+    assert environ == before
+
+
+def test_the_child_learns_neither_the_screen_session_nor_a_key() -> None:
+    child = mosh.child_environment({"HOME": "/h", "STY": "1.pts", "MOSH_KEY": "secret"}, 256)
+    assert sorted(child) == ["HOME", "NCURSES_NO_UTF8_ACS", "PWD", "TERM"]
+
+
+def test_without_home_the_password_file_knows_it() -> None:
+    child = mosh.child_environment({}, 256)
+    assert child["HOME"].startswith("/") and child["PWD"] == child["HOME"]
+
+
+@pytest.mark.parametrize(("text", "seconds", "word"), [
+    (None, 0, ""), ("", 0, ""), ("0", 0, ""), ("3", 3, ""), ("604800", 604800, ""),
+    ("-1", 0, "is negative, ignoring"), ("3x", 0, "not a valid integer, ignoring"),
+    ("x", 0, "not a valid integer, ignoring"), ("3.5", 0, "not a valid integer, ignoring"),
+    ("1 2", 0, "not a valid integer, ignoring"), ("0x10", 0, "not a valid integer, ignoring"),
+    ("1_000", 0, "not a valid integer, ignoring"), ("٣", 0, "not a valid integer, ignoring"),
+    ("9" * 5000, 0, "not a valid integer, ignoring"),
+])  # fmt: skip
+def test_timeouts_of_the_environment(
+    text: str | None, seconds: int, word: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    name = "MOSH_SERVER_NETWORK_TMOUT"
+    monkeypatch.delenv(name, raising=False)
+    if text is not None:
+        monkeypatch.setenv(name, text)
+    assert mosh._seconds_from_environment(name) == seconds
+    assert capfd.readouterr().err == (f"{name} {word}\n" if word else "")
+
+
+# -- a live server ---------------------------------------------------------------------------------------------
+
+Start = Callable[..., "tuple[subprocess.CompletedProcess[str], Server]"]
+
+
+@pytest.fixture
+def start(home: Path) -> Iterator[Start]:
+    """Start a server as a login does, without a terminal; all are ended by their process ids."""
+    pids: list[int] = []
+
+    def start_server(
+        *words: str, command: Sequence[str] = ("cat",), before: Callable[[], None] | None = None, **environ: str | None
+    ) -> tuple[subprocess.CompletedProcess[str], Server]:
+        wanted = {**session_env(home), **environ}
+        finished = subprocess.run(
+            [*peers.ours_command(), "server", "new", "-i", LOOPBACK, "-p", "0", *words, "--", *command],
+            env={name: value for name, value in wanted.items() if value is not None}, preexec_fn=before,
+            stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=LIMIT_SECONDS,
+        )
+        detached = peers._DETACHED.search(finished.stderr)
+        connect = peers._CONNECT.search(finished.stdout)
+        assert detached and connect, finished.stderr
+        pids.append(int(detached[1]))
+        return finished, Server(port=int(connect[1]), key=connect[2], pid=int(detached[1]))
+
+    yield start_server
+    for pid in pids:
+        peers.end_process(pid)
+
+
+def test_what_it_prints(start: Start) -> None:
+    finished, server = start()
+    assert finished.returncode == 0
+    assert finished.stdout == f"MOSH CONNECT {server.port} {server.key}\n"
+    lines = finished.stderr.splitlines()
+    assert lines[0] == "" and lines[-1] == f"[mosh-server detached, pid = {server.pid}]"
+    assert server.key not in finished.stderr
+    assert mosh.Key.from_text(server.key).to_text() == server.key
+
+
+def test_two_servers_have_different_keys_and_ports(start: Start) -> None:
+    one, other = start()[1], start()[1]
+    assert one.key != other.key and one.port != other.port
+
+
+def test_it_leads_a_session_of_its_own(start: Start) -> None:
+    server = start()[1]
+    assert os.getsid(server.pid) == os.getpgid(server.pid) == server.pid
+    assert os.getsid(server.pid) != os.getsid(0)
+
+
+def _descriptors(pid: int) -> dict[int, str]:
+    return {int(path.name): str(path.readlink()) for path in Path(f"/proc/{pid}/fd").iterdir()}
+
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="this system has no /proc")
+
+
+@needs_proc
+def test_it_lets_go_of_the_login(start: Start) -> None:
+    descriptors = _descriptors(start()[1].pid)
+    assert [descriptors[number] for number in (0, 1, 2)] == [os.devnull] * 3
+
+
+@needs_proc
+def test_a_login_that_closed_stdin_does_not_cost_the_socket(start: Start) -> None:
+    """A socket that got the number of a standard descriptor must not be lost when those are let go."""
+    server = start(before=lambda: os.close(0))[1]
+    assert _hears_on(server.port, server.pid)
+
+
+def _hears_on(port: int, pid: int) -> bool:
+    """Whether the process holds the UDP socket that is bound to `port`."""
+    tables = [Path(f"/proc/{pid}/net/{name}").read_text() for name in ("udp", "udp6")]
+    rows = [row.split() for table in tables for row in table.splitlines()]
+    sockets = {f"socket:[{row[9]}]" for row in rows if row[1].endswith(f":{port:04X}")}
+    return bool(sockets & set(_descriptors(pid).values()))
+
+
+@pytest.mark.parametrize("environ", [
+    {"LANG": None}, {"LANG": "C"}, {"LC_ALL": "C"}, {"LC_ALL": "POSIX"}, {"LC_ALL": "xx_XX"}, {"LC_CTYPE": "C"},
+], ids=str)  # fmt: skip
+def test_no_locale_is_refused(start: Start, environ: dict[str, str | None]) -> None:
+    assert start(**environ)[1].alive()
+
+
+@pytest.mark.parametrize(("name", "value", "word"), [
+    ("MOSH_SERVER_NETWORK_TMOUT", "x", "not a valid integer"), ("MOSH_SERVER_SIGNAL_TMOUT", "-1", "is negative"),
+])  # fmt: skip
+def test_a_bad_timeout_is_said_to_the_user_who_set_it(start: Start, name: str, value: str, word: str) -> None:
+    assert f"{name} {word}" in start(**{name: value})[0].stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_without_a_client_a_signal_ends_it_at_once(start: Start, number: signal.Signals) -> None:
+    server = start()[1]
+    os.kill(server.pid, number)
+    wait_until(lambda: not server.alive(), LIMIT_SECONDS, "the server to leave")
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGPIPE])
+def test_a_dying_login_does_not_end_it(start: Start, number: signal.Signals) -> None:
+    server = start()[1]
+    os.kill(server.pid, number)
+    with Session(server) as session:
+        session.type(b"still here\n")
+        session.wait_for("still here")
+
+
+def test_the_signal_for_idle_sessions_spares_a_young_one(start: Start) -> None:
+    server = start(MOSH_SERVER_SIGNAL_TMOUT="3600")[1]
+    os.kill(server.pid, signal.SIGUSR1)
+    with Session(server) as session:
+        session.type(b"spared\n")
+        session.wait_for("spared")
+
+
+def test_an_idle_session_ends_after_the_time_asked_for(start: Start) -> None:
+    server = start(MOSH_SERVER_NETWORK_TMOUT="1")[1]
+    wait_until(lambda: not server.alive(), LIMIT_SECONDS, "the server to leave")
+
+
+# -- its child -------------------------------------------------------------------------------------------------
+
+
+class Session:
+    """A client without a terminal: a core and a socket."""
+
+    def __init__(self, server: Server) -> None:
+        key = mosh.Key.from_text(server.key)
+        channel = mosh.Channel(mosh.choose_cipher()(key.raw), mosh.TO_SERVER)
+        self._address = (LOOPBACK, server.port)
+        self._udp = mosh.UdpSocket(socket.AF_INET)
+        self._waiter = mosh.Waiter()
+        self.core = mosh.ClientCore(
+            channel, mosh.monotonic_ms(), width=80, height=24, peers=[self._address], port=server.port,
+            random_bytes=os.urandom,
+        )
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._udp.close()
+
+    def type(self, keys: bytes) -> None:
+        """Type."""
+        self.core.receive_keys(keys, mosh.monotonic_ms())
+
+    def run_until(self, condition: Callable[[], bool]) -> None:
+        """Exchange datagrams until the condition holds. Raises TimeoutError with the screen."""
+        limit = mosh.monotonic_ms() + int(1000 * LIMIT_SECONDS)
+        while not condition():
+            now = mosh.monotonic_ms()
+            if now > limit:
+                raise TimeoutError("\n".join(self.core.screen.lines()))
+            for datagram in self.core.datagrams_to_send(now):
+                self._udp.send(datagram, self._address)
+            if condition():
+                return
+            deadline = min(self.core.next_timeout(), limit + 1)
+            if self._waiter.wait([self._udp], (), deadline) and (received := self._udp.receive()):
+                data, source, _ = received
+                self.core.receive_datagram(data, source, mosh.monotonic_ms())
+
+    def wait_for(self, text: str) -> str:
+        """Wait until the screen shows `text`, and return all lines, without trailing blanks."""
+        self.run_until(lambda: any(text in line for line in self.core.screen.lines()))
+        return "\n".join(line.rstrip() for line in self.core.screen.lines())
+
+
+def _shell(script: str) -> tuple[str, ...]:
+    return ("sh", "-c", script + "; echo; echo all said; cat")
+
+
+def test_the_program_starts_only_when_the_client_is_there(start: Start, tmp_path: Path) -> None:
+    trace = tmp_path / "trace"
+    server = start(command=_shell(f"touch {trace}; stty size"))[1]
+    assert not trace.exists()
+    with Session(server) as session:
+        assert session.wait_for("all said").startswith("24 80\n")
+    assert trace.exists()
+
+
+def test_the_program_finds_its_environment_and_folder(start: Start, home: Path) -> None:
+    script = _shell('echo "$TERM|$NCURSES_NO_UTF8_ACS|$PWD|$HOME|$STY|$MOSH_KEY|$LANG"; pwd')
+    server = start("-c", "256", command=script, STY="1.pts", MOSH_KEY="secret")[1]
+    with Session(server) as session:
+        shown = session.wait_for("all said").replace("\n", "")
+    assert f"xterm-256color|1|{home}|{home}|||C.UTF-8" in shown and shown.count(str(home)) == 3
+
+
+def test_the_program_finds_its_signals_as_a_login_would(start: Start) -> None:
+    """Ignored signals survive exec; a program must not inherit what a server or a Python ignores."""
+    server = start(command=_shell("grep -E '^Sig(Ign|Blk)' /proc/self/status"))[1]
+    with Session(server) as session:
+        shown = session.wait_for("all said")
+    masks = [int(line.split()[1], 16) for line in shown.splitlines() if line.startswith("Sig")]
+    assert masks == [0, 0]
+
+
+def test_a_program_that_cannot_run_is_named(start: Start) -> None:
+    with Session(start(command=("/no/such/program",))[1]) as session:
+        session.wait_for("/no/such/program: No such file")
+
+
+def test_the_end_of_the_program_ends_the_session(start: Start) -> None:
+    server = start(command=("sh", "-c", "echo goodbye"))[1]
+    with Session(server) as session:
+        session.run_until(lambda: session.core.phase is mosh.Phase.CLOSED)
+        assert session.core.transport.clean
+        assert session.core.screen.lines()[0].startswith("goodbye")
+    wait_until(lambda: not server.alive(), LIMIT_SECONDS, "the server to leave")
+
+
+def test_a_signal_ends_the_session_for_both_ends(start: Start) -> None:
+    server = start()[1]
+    with Session(server) as session:
+        session.type(b"here\n")
+        session.wait_for("here")
+        os.kill(server.pid, signal.SIGTERM)
+        session.run_until(lambda: session.core.phase is mosh.Phase.CLOSED)
+        assert session.core.transport.clean
+    wait_until(lambda: not server.alive(), LIMIT_SECONDS, "the server to leave")
+
+
+def test_the_program_is_hung_up_on_when_the_session_ends(start: Start) -> None:
+    server = start(command=_shell("echo pid $$ on"))[1]
+    with Session(server) as session:
+        (line,) = (line for line in session.wait_for("all said").splitlines() if line.startswith("pid "))
+    os.kill(server.pid, signal.SIGTERM)
+    os.kill(server.pid, signal.SIGTERM)
+    wait_until(lambda: not process_alive(int(line.split()[1])), LIMIT_SECONDS, "the program to leave")
+
+
+@needs_proc
+def test_no_core_file_holds_the_key_but_the_program_has_its_limit_back(start: Start) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_CORE)
+    wanted = 8192 if hard == resource.RLIM_INFINITY else hard
+    server = start(
+        command=_shell("grep core /proc/self/limits"),
+        before=lambda: resource.setrlimit(resource.RLIMIT_CORE, (wanted, hard)),
+    )[1]
+    assert _core_limit(Path(f"/proc/{server.pid}/limits").read_text()) == "0"
+    with Session(server) as session:
+        assert _core_limit(session.wait_for("all said")) == str(wanted)
+    assert resource.getrlimit(resource.RLIMIT_CORE) == (soft, hard)
+
+
+def _core_limit(limits: str) -> str:
+    (line,) = (line for line in limits.splitlines() if line.startswith("Max core file size"))
+    return line.split()[4]

@@ -1,0 +1,674 @@
+"""Section 7: SSP. One real end against a scripted peer, millisecond by millisecond, and two real ends on a bad link.
+
+The states here are notes: the newest text counts, and a diff names the text it starts from, so that applying one to
+anything else is found out.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import mosh
+from mosh import TO_CLIENT, TO_SERVER, Phase
+
+CIPHER = mosh.CryptographyCipher(bytes(range(16)))
+PEER, ELSEWHERE = ("192.0.2.1", 60001), ("203.0.113.9", 50000)
+LAST = mosh.LAST_STATE_NUM
+
+
+class Note:
+    """A state that is one text."""
+
+    def __init__(self, text: str = "") -> None:
+        self.text = text
+        self.forgotten: Note | None = None
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Note) and self.text == other.text
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def diff_from(self, base: Note) -> bytes:
+        return b"" if self == base else f"{base.text}>{self.text}".encode()
+
+    def applied(self, diff: bytes) -> Note:
+        base, found, text = diff.decode().partition(">")
+        if not found:
+            raise mosh.PacketError("no diff")
+        assert base == self.text, f"a diff from {base!r} was applied to {self.text!r}"
+        return Note(text)
+
+    def forget_before(self, base: Note) -> None:
+        self.forgotten = base
+
+
+class Growing(Note):
+    """A note that only grows, whose diff is as long as what was added."""
+
+    def diff_from(self, base: Note) -> bytes:
+        return self.text[len(base.text) :].encode()
+
+
+Transport = mosh.Transport[Note, Note]
+
+
+def _transport(direction: int = TO_SERVER, collect_ms: int = 1, connected: bool = True) -> Transport:
+    layer = mosh.DatagramLayer(mosh.Channel(CIPHER, direction), 0, is_server=direction == TO_CLIENT)
+    layer.peers = [PEER] if connected else []
+    return mosh.Transport(layer, Note(), Note(), 0, collect_ms=collect_ms, random_bytes=bytes)
+
+
+class Peer:
+    """The other end, which says what a test wants it to say."""
+
+    def __init__(self, transport: Transport, direction: int = TO_CLIENT) -> None:
+        self.transport = transport
+        self._layer = mosh.DatagramLayer(mosh.Channel(CIPHER, direction), 0, is_server=False)
+        self._fragmenter = mosh.Fragmenter()
+        self._assembly = mosh.FragmentAssembly()
+        self.now = 0
+
+    def say(
+        self, old: int, new: int, diff: str = "", *, ack: int = 0, throwaway: int = 0, version: int = 2, lag_ms: int = 0
+    ) -> bytes:
+        """Let an instruction arrive at `now`, sent `lag_ms` before. Returns its datagram."""
+        instruction = mosh.Instruction(old, new, ack, throwaway, diff.encode())
+        instruction.protocol_version = version
+        (fragment,) = self._fragmenter.fragments(instruction, 1_252)
+        datagram = self._layer.seal(fragment.encode(), self.now - lag_ms)
+        self.transport.receive_datagram(datagram, PEER, self.now)
+        return datagram
+
+    def hear(self) -> list[tuple[int, int, int, int, str]]:
+        """Return what is sent right now: (old_num, new_num, ack_num, throwaway_num, diff)."""
+        heard = []
+        for datagram in self.transport.datagrams_to_send(self.now):
+            payload = self._layer.receive_datagram(datagram, PEER, self.now)
+            instruction = self._assembly.add(mosh.Fragment.decode(payload))
+            if instruction is not None:
+                numbers = instruction.old_num, instruction.new_num, instruction.ack_num, instruction.throwaway_num
+                heard.append((*numbers, instruction.diff.decode()))
+        return heard
+
+    def listen(self, until: int) -> list[tuple[int, int, int, int, int, str]]:
+        """Return all that is sent up to and including `until`, each with the time before it."""
+        heard: list[tuple[int, int, int, int, int, str]] = []
+        for _ in range(10_000):
+            heard += [(self.now, *each) for each in self.hear()]
+            deadline = self.transport.next_timeout()
+            assert deadline is None or deadline > self.now or self.transport.phase is Phase.CLOSED
+            if deadline is None or deadline > until:
+                break
+            self.now = deadline
+        self.now = until
+        return heard
+
+    def measure_round_trips(self, ms: int) -> None:
+        """Make the link's round trip `ms`, so that the frame interval is known."""
+        self.transport.datagrams.round_trip.srtt_ms = ms
+        self.transport.datagrams.round_trip.rttvar_ms = 0
+
+
+def test_a_state_reaches_the_other_end() -> None:
+    client, server = _transport(), _transport(TO_CLIENT, connected=False)
+    client.set_current(Note("hello"), now=0)
+    for datagram in client.datagrams_to_send(now=1):
+        server.receive_datagram(datagram, ELSEWHERE, now=50)
+    assert (server.remote.num, server.remote.state.text, server.remote.at) == (1, "hello", 50)
+    assert server.phase is Phase.CONNECTED
+
+
+# -- sender: when
+
+
+def test_the_first_instruction_goes_out_at_once_and_then_every_three_seconds() -> None:
+    client = _transport()
+    client.set_current(Note("a"), now=0)
+    assert Peer(client).listen(until=12_000) == [(at, 0, 1, 0, 0, ">a") for at in (0, 3_000, 6_000, 9_000, 12_000)]
+
+
+def test_a_server_that_knows_no_client_does_nothing() -> None:
+    server = _transport(TO_CLIENT, connected=False)
+    server.set_current(Note("a"), now=0)
+    assert server.next_timeout() is None and server.datagrams_to_send(now=60_000) == []
+
+
+def test_a_server_answers_the_first_datagram_at_once() -> None:
+    server = _transport(TO_CLIENT, connected=False)
+    peer = Peer(server, TO_SERVER)
+    peer.now = 5_000
+    peer.say(0, 1, ">size")
+    assert peer.hear() == [(0, 1, 1, 0, "")]
+
+
+def test_an_idle_end_sends_an_empty_ack_every_three_seconds_each_with_a_number_of_its_own() -> None:
+    heard = Peer(_transport()).listen(until=9_000)
+    assert heard == [(0, 0, 1, 0, 0, ""), (3_000, 0, 2, 0, 0, ""), (6_000, 0, 3, 0, 0, ""), (9_000, 0, 4, 0, 0, "")]
+
+
+def _connected(collect_ms: int = 1, rtt_ms: int = 40) -> Peer:
+    """Return the peer of a transport that has said 0=>1, heard 0=>1 and has nothing more to say; it is 1 s."""
+    transport = _transport(collect_ms=collect_ms)
+    peer = Peer(transport)
+    peer.listen(until=900)
+    peer.say(0, 1, ack=1)
+    peer.measure_round_trips(rtt_ms)
+    peer.listen(until=1_000)
+    assert transport.phase is Phase.CONNECTED
+    return peer
+
+
+def test_data_is_acknowledged_after_100_ms_by_an_empty_ack() -> None:
+    peer = _connected()
+    peer.say(1, 2, ">a", ack=1)
+    assert peer.listen(until=3_000) == [(1_100, 1, 2, 2, 1, "")]
+
+
+def test_an_empty_instruction_is_acknowledged_by_the_next_heartbeat_only() -> None:
+    peer = _connected()
+    peer.say(1, 2, "", ack=1)
+    assert peer.listen(until=5_000) == [(3_000, 1, 2, 2, 1, "")]
+
+
+def test_an_ack_rides_on_data() -> None:
+    peer = _connected()
+    peer.say(1, 2, ">theirs", ack=1)
+    peer.transport.set_current(Note("ours"), now=1_030)
+    heard = peer.listen(until=1_060)
+    assert heard[0] == (1_031, 1, 2, 2, 1, ">ours")
+    peer.say(2, 3, ack=2)
+    assert peer.listen(until=3_000) == []
+
+
+@pytest.mark.parametrize("collect_ms", mosh.COLLECT_MS.values(), ids=mosh.COLLECT_MS)
+def test_changes_are_collected_before_they_are_sent(collect_ms: int) -> None:
+    peer = _connected(collect_ms)
+    assert peer.listen(until=2_000) == []
+    peer.transport.set_current(Note("a"), now=2_000)
+    assert peer.transport.next_timeout() == 2_000 + collect_ms
+    peer.transport.set_current(Note("ab"), now=2_000 + collect_ms - 1)
+    assert peer.listen(until=2_010)[0] == (2_000 + collect_ms, 1, 2, 1, 1, ">ab")
+
+
+@pytest.mark.parametrize(("rtt_ms", "interval_ms"), [(10, 20), (100, 50), (400, 200), (2_000, 250)])
+def test_frames_are_half_a_round_trip_apart(rtt_ms: int, interval_ms: int) -> None:
+    peer = _connected(rtt_ms=rtt_ms)
+    peer.transport.set_current(Note("a"), now=1_000)
+    (first, *_) = peer.listen(until=1_010)
+    peer.transport.set_current(Note("ab"), now=1_010)
+    (second, *_) = peer.listen(until=1_300)
+    assert second[0] == first[0] + interval_ms and second[2] == first[2] + 1
+
+
+def test_unacknowledged_data_is_resent_at_the_frame_rate_under_the_same_number() -> None:
+    peer = _connected(rtt_ms=40)
+    peer.transport.set_current(Note("a"), now=1_000)
+    heard = peer.listen(until=1_200)
+    assert heard[0] == (1_001, 1, 2, 1, 1, ">a")
+    peer.say(1, 2, ack=2)
+    assert peer.listen(until=3_000) == []
+    assert {(old, new, diff) for _, old, new, _, _, diff in heard} == {(1, 2, ">a")}
+
+
+def test_an_unanswered_keystroke_is_resent_for_ten_seconds_then_every_three() -> None:
+    """Heartbeats never acknowledged go stale, so the diff starts at what is known to be there."""
+    peer = _connected(rtt_ms=40)
+    peer.listen(until=4_000)
+    peer.transport.set_current(Note("a"), now=4_000)
+    times = [at for at, *_ in peer.listen(until=20_000)]
+    last_heard_at = 900
+    fast = [at for at in times if at < last_heard_at + 10_000]
+    slow = [fast[-1], *times[len(fast) :]]
+    assert {later - at for at, later in zip(fast[1:], fast[2:])} == {20} and fast[-1] > 10_870
+    assert [later - at for at, later in zip(slow, slow[1:])] == [3_000] * 3
+
+
+def test_a_due_heartbeat_resends_what_is_unacknowledged() -> None:
+    peer = _connected()
+    peer.listen(until=31_000)
+    peer.transport.set_current(Note("a"), now=31_000)
+    heard = peer.listen(until=37_500)
+    assert [at for at, *_ in heard] == [31_001, 34_001, 37_001]
+    assert len({each[1:] for each in heard}) == 1 and heard[0][5] == ">a"
+
+
+def test_a_due_ack_takes_pending_data_along_without_waiting_for_the_frame() -> None:
+    peer = _connected(rtt_ms=2_000)
+    peer.transport.set_current(Note("a"), now=1_000)
+    sent_at = peer.listen(until=1_010)[0][0]
+    peer.say(1, 2, ">theirs", ack=2)
+    peer.listen(until=1_050)
+    peer.transport.set_current(Note("ab"), now=1_050)
+    heard = peer.listen(until=1_300)
+    assert heard[0] == (1_110, 2, 3, 2, 2, "a>ab") and heard[0][0] < sent_at + 250
+
+
+def test_nothing_changes_when_a_change_is_taken_back_in_time() -> None:
+    peer = _connected(collect_ms=8)
+    peer.transport.set_current(Note("a"), now=1_000)
+    peer.transport.set_current(Note(), now=1_004)
+    assert peer.listen(until=2_000) == []
+
+
+def test_asking_when_changes_nothing() -> None:
+    peer = _connected()
+    peer.transport.set_current(Note("a"), now=1_000)
+    assert peer.transport.next_timeout() == peer.transport.next_timeout()
+    peer.now = 1_001
+    assert peer.hear() == [(1, 2, 1, 1, ">a")] and peer.hear() == []
+
+
+# -- sender: what
+
+
+def test_a_fresh_state_is_assumed_to_have_arrived() -> None:
+    peer = _connected(rtt_ms=600)
+    peer.transport.set_current(Growing("a" * 1_500), now=1_000)
+    peer.listen(until=1_010)
+    peer.transport.set_current(Growing("a" * 1_501), now=1_010)
+    (heard, *_) = peer.listen(until=1_310)
+    assert heard[1:3] == (2, 3)
+
+
+def test_a_state_unacknowledged_for_a_timeout_is_no_longer_assumed() -> None:
+    peer = _connected(rtt_ms=100)  # RTO 100, and 100 more for a delayed ack
+    peer.transport.set_current(Growing("a" * 1_500), now=1_000)
+    peer.transport.datagrams_to_send(now=1_001)
+    sender = peer.transport.sender
+    sender.update_timers(now=1_200)
+    assert sender._assumed.num == 2
+    sender.update_timers(now=1_201)
+    assert sender._assumed.num == 1
+
+
+def test_assuming_stops_at_the_first_stale_state() -> None:
+    peer = _connected(rtt_ms=100)
+    sender = peer.transport.sender
+    sender.sent += [mosh.NumberedState(num, at, Note(str(num))) for num, at in ((2, 900), (3, 500), (4, 990))]
+    sender.update_timers(now=1_000)
+    assert sender._assumed.num == 2
+
+
+# (length of the diff from what is known to be there, from what is assumed to be): does the sender choose the former?
+PROSPECTIVE = [
+    (50, 50, True),
+    (40, 60, True),
+    (149, 50, True),
+    (150, 50, False),
+    (999, 900, True),
+    (1_000, 901, False),
+    (5_000, 5_000, True),
+    (5_000, 6_000, True),
+]
+
+
+class Sized(Note):
+    """A note whose diffs have the lengths that a test wants: from the note "base", and from any other."""
+
+    sizes = (0, 0)
+
+    def diff_from(self, base: Note) -> bytes:
+        return b"" if self == base else bytes(self.sizes[base.text != "base"])
+
+
+@pytest.mark.parametrize(("full", "diff", "starts_over"), PROSPECTIVE)
+def test_a_diff_starts_from_what_is_known_where_that_costs_little(full: int, diff: int, starts_over: bool) -> None:
+    sender: mosh.Sender[Note] = mosh.Sender(Note("base"), 0, 1, mosh.RoundTrip())
+    sender.sent.append(mosh.NumberedState(1, 0, Note("assumed")))
+    sender.current = Sized("new")
+    sender.current.sizes = (full, diff)
+    sender.update_timers(now=250)
+    instruction = sender.instruction_to_send(now=250)
+    assert instruction is not None
+    assert (instruction.old_num, len(instruction.diff)) == ((0, full) if starts_over else (1, diff))
+
+
+def test_at_most_32_states_are_kept_and_the_16th_newest_goes() -> None:
+    peer, expected = _connected(), [1]
+    for i in range(60):
+        peer.transport.set_current(Note("a" * (i + 1)), now=peer.now)
+        peer.listen(until=peer.now + 22)
+        expected.append(i + 2)
+        if len(expected) > 32:
+            del expected[-16]
+    assert [entry.num for entry in peer.transport.sender.sent] == expected
+    assert expected[0] == 1 and expected[-1] == 61
+
+
+# -- sender: acks
+
+
+def test_an_ack_lets_go_of_everything_older() -> None:
+    peer = _connected()
+    for text in "abc":
+        peer.transport.set_current(Note(text), now=peer.now)
+        peer.listen(until=peer.now + 21)
+    nums = [entry.num for entry in peer.transport.sender.sent]
+    assert nums == [1, 2, 3, 4]
+    peer.say(1, 2, ack=3)
+    assert [entry.num for entry in peer.transport.sender.sent] == [3, 4]
+    assert peer.listen(until=1_400)[0][1:] == (3, 4, 2, 3, "b>c")
+
+
+@pytest.mark.parametrize("ack", [0, 5, 1_000, LAST])
+def test_an_ack_of_what_is_not_kept_is_ignored(ack: int) -> None:
+    peer = _connected()
+    peer.transport.set_current(Note("a"), now=1_000)
+    peer.listen(until=1_010)
+    peer.say(1, 2, ack=ack)
+    assert [entry.num for entry in peer.transport.sender.sent] == [1, 2]
+
+
+def test_an_ack_counts_even_in_an_instruction_that_is_otherwise_useless() -> None:
+    peer = _connected()
+    peer.transport.set_current(Note("a"), now=1_000)
+    peer.listen(until=1_010)
+    peer.say(77, 78, "x>y", ack=2)
+    assert [entry.num for entry in peer.transport.sender.sent] == [2]
+
+
+def test_states_are_told_what_will_never_be_a_base_again() -> None:
+    peer = _connected()
+    peer.transport.set_current(Note("a"), now=1_000)
+    peer.listen(until=1_010)
+    peer.say(1, 2, ack=2)
+    peer.transport.set_current(Note("ab"), now=1_020)
+    assert peer.transport.sender.current.forgotten == Note("a")
+
+
+# -- receiver
+
+
+def _received(peer: Peer) -> list[tuple[int, str]]:
+    return [(entry.num, entry.state.text) for entry in peer.transport.receiver.states]
+
+
+def test_states_build_on_each_other() -> None:
+    peer = _connected()
+    peer.say(1, 2, ">a")
+    peer.say(2, 3, "a>ab", throwaway=1)
+    peer.say(2, 4, "a>c", throwaway=2)
+    assert _received(peer) == [(2, "a"), (3, "ab"), (4, "c")]
+    assert peer.transport.remote.state == Note("c")
+
+
+def test_a_duplicate_changes_nothing() -> None:
+    peer = _connected()
+    peer.say(1, 2, ">a")
+    peer.now = 1_500
+    before = _received(peer)
+    peer.say(1, 2, ">a")
+    peer.say(1, 2, ">something else")
+    assert _received(peer) == before
+    assert peer.transport.remote.at == 1_000 and peer.transport.sender.peer_state_at == 1_000
+
+
+def test_a_replayed_datagram_changes_nothing() -> None:
+    peer = _connected()
+    datagrams = [peer.say(1, 2, ">a"), peer.say(2, 3, "a>b", throwaway=2)]
+    before = _received(peer)
+    for datagram in datagrams:
+        peer.transport.receive_datagram(datagram, ELSEWHERE, 1_500)
+    assert _received(peer) == before and peer.transport.datagrams.peers == [PEER]
+
+
+def test_a_diff_from_an_unknown_state_is_ignored() -> None:
+    peer = _connected()
+    before = _received(peer)
+    peer.say(5, 6, "x>y", throwaway=5)
+    assert _received(peer) == before
+    assert peer.transport.sender.ack_num == 1
+
+
+def test_a_state_thrown_away_is_no_base_any_more() -> None:
+    peer = _connected()
+    peer.say(1, 2, ">a")
+    peer.say(2, 3, "a>b", throwaway=2)
+    peer.say(1, 4, ">c")
+    assert _received(peer) == [(2, "a"), (3, "b")]
+
+
+def test_a_base_may_be_thrown_away_by_the_instruction_that_uses_it() -> None:
+    peer = _connected()
+    peer.say(1, 2, ">a", throwaway=2)
+    assert _received(peer) == [(2, "a")]
+
+
+def test_a_state_that_comes_late_is_kept_but_is_no_news() -> None:
+    peer = _connected()
+    peer.say(1, 3, ">c")
+    peer.now = 1_400
+    peer.say(1, 2, ">b")
+    assert _received(peer) == [(0, ""), (1, ""), (2, "b"), (3, "c")]
+    assert (peer.transport.remote.num, peer.transport.remote.at) == (3, 1_000)
+    assert peer.transport.sender.ack_num == 3 and peer.transport.sender.peer_state_at == 1_000
+    peer.say(2, 4, "b>d")
+    assert peer.transport.remote.state == Note("d")
+
+
+def test_an_empty_diff_repeats_its_base() -> None:
+    peer = _connected()
+    peer.say(1, 2, ">a")
+    peer.say(2, 3)
+    assert peer.transport.remote.num == 3 and peer.transport.remote.state == Note("a")
+
+
+def test_a_flood_of_states_is_quenched_to_one_in_15_s() -> None:
+    peer = _connected()
+    for num in range(2, 1_025):
+        peer.say(1, num, f">{num}")
+    assert len(_received(peer)) == 1_025
+    peer.say(1, 2_000, ">one more")
+    peer.say(1, 2_001, ">and another")
+    assert peer.transport.remote.state == Note("one more")
+    peer.now += 14_999
+    peer.say(1, 2_002, ">and another")
+    assert peer.transport.remote.state == Note("one more")
+    peer.now += 1
+    peer.say(1, 2_003, ">after a while")
+    assert peer.transport.remote.state == Note("after a while") and len(_received(peer)) == 1_027
+
+
+def test_a_quenched_sender_may_still_tidy_up() -> None:
+    peer = _connected()
+    for num in range(2, 1_026):
+        peer.say(1, num, f">{num}")
+    peer.say(1_025, 1_026, "1025>z", throwaway=1_025)
+    assert _received(peer) == [(1_025, "1025"), (1_026, "z")]
+
+
+@pytest.mark.parametrize("version", [0, 1, 3])
+def test_another_protocol_version_is_refused_and_the_session_goes_on(version: int) -> None:
+    peer = _connected()
+    with pytest.raises(mosh.PacketError, match="mosh protocol version mismatch"):
+        peer.say(1, 2, ">a", version=version)
+    assert peer.transport.stats["dropped"] == 1 and peer.transport.remote.num == 1
+    peer.say(1, 2, ">a")
+    assert peer.transport.remote.num == 2
+
+
+def test_even_an_instruction_of_another_version_moves_the_server() -> None:
+    server = _transport(TO_CLIENT)
+    peer = Peer(server, TO_SERVER)
+    server.datagrams.peers = [ELSEWHERE]
+    with pytest.raises(mosh.PacketError):
+        peer.say(0, 1, ">a", version=3)
+    assert server.datagrams.peers == [PEER]
+
+
+def test_a_malformed_diff_is_refused_and_may_come_again_whole() -> None:
+    peer = _connected()
+    with pytest.raises(mosh.PacketError):
+        peer.say(1, 2, "nonsense")
+    assert (peer.transport.remote.num, peer.transport.sender.ack_num) == (1, 1)
+    peer.say(1, 2, ">a")
+    assert peer.transport.remote.state == Note("a")
+
+
+def test_the_round_trip_that_port_hopping_looks_at_is_when_the_acknowledged_state_was_sent() -> None:
+    peer = _connected()
+    peer.transport.set_current(Note("a"), now=1_000)
+    sent_at = peer.listen(until=1_010)[0][0]
+    peer.now = 1_500
+    peer.say(1, 2, ack=2)
+    assert peer.transport.datagrams.last_round_trip_at == sent_at == peer.transport.last_acked_at
+
+
+# -- shutdown
+
+
+def test_shutdown_is_said_16_times_at_the_frame_rate_then_given_up() -> None:
+    peer = _connected(rtt_ms=40)
+    peer.transport.start_shutdown(now=1_000)
+    heard = peer.listen(until=5_000)
+    assert [each[1:] for each in heard] == [(1, LAST, 1, 1, "")] * 16
+    assert {later[0] - each[0] for each, later in zip(heard, heard[1:])} == {20}
+    assert peer.transport.phase is Phase.CLOSED and not peer.transport.clean
+
+
+def test_shutdown_before_anything_was_measured_takes_four_seconds() -> None:
+    transport = _transport()
+    peer = Peer(transport)
+    peer.listen(until=1_000)
+    transport.start_shutdown(now=1_000)
+    heard = peer.listen(until=20_000)
+    assert len(heard) == 16 and heard[-1][0] - heard[0][0] == 15 * 250
+    assert transport.phase is Phase.CLOSED
+
+
+def test_shutdown_without_anyone_to_tell_ends_after_ten_seconds() -> None:
+    server = _transport(TO_CLIENT, connected=False)
+    server.start_shutdown(now=500)
+    assert server.next_timeout() == 10_500
+    phases = []
+    for now in (10_499, 10_500):
+        server.datagrams_to_send(now)
+        phases.append(server.phase)
+    assert phases == [Phase.CLOSING, Phase.CLOSED] and server.next_timeout() is None
+
+
+def test_shutdown_ends_cleanly_when_it_is_acknowledged() -> None:
+    peer = _connected()
+    peer.transport.start_shutdown(now=1_000)
+    peer.listen(until=1_050)
+    peer.say(1, 2, ack=LAST)
+    assert peer.transport.phase is Phase.CLOSED and peer.transport.clean
+    assert peer.listen(until=9_000) == []
+
+
+def test_an_ack_of_an_earlier_state_does_not_end_a_shutdown() -> None:
+    peer = _connected()
+    peer.transport.set_current(Note("a"), now=1_000)
+    peer.listen(until=1_010)
+    peer.transport.start_shutdown(now=1_010)
+    peer.listen(until=1_050)
+    peer.say(1, 2, ack=2)
+    assert peer.transport.phase is Phase.CLOSING
+
+
+def test_the_last_words_travel_with_the_shutdown() -> None:
+    peer = _connected()
+    peer.transport.set_current(Note("last words"), now=1_000)
+    peer.transport.start_shutdown(now=1_000)
+    peer.transport.set_current(Note("too late"), now=1_001)
+    assert {each[1:] for each in peer.listen(until=1_200)} == {(1, LAST, 1, 1, ">last words")}
+
+
+def test_a_peers_shutdown_is_acknowledged_once_then_we_are_gone() -> None:
+    peer = _connected()
+    peer.say(1, LAST, ">last words", ack=1)
+    assert peer.transport.remote.state == Note("last words")
+    assert [each[1:] for each in peer.listen(until=9_000)] == [(1, 2, LAST, 1, "")]
+    assert peer.transport.phase is Phase.CLOSED and peer.transport.clean
+    assert peer.transport.next_timeout() is None
+
+
+def test_the_ack_of_a_shutdown_leaves_within_a_frame() -> None:
+    peer = _connected(rtt_ms=100)
+    peer.transport.set_current(Note("a"), now=1_000)
+    sent_at = peer.listen(until=1_010)[0][0]
+    peer.say(1, LAST, ack=2)
+    assert peer.listen(until=2_000)[0][0] <= sent_at + 50
+
+
+def test_two_shutdowns_that_cross_end_both() -> None:
+    peer = _connected()
+    peer.transport.start_shutdown(now=1_000)
+    peer.listen(until=1_001)
+    peer.say(1, LAST, ack=1)
+    assert peer.listen(until=1_100)[0][1:] == (1, LAST, LAST, 1, "")
+    assert peer.transport.phase is Phase.CLOSED and peer.transport.clean
+
+
+def test_starting_a_shutdown_twice_changes_nothing() -> None:
+    peer = _connected()
+    peer.transport.start_shutdown(now=1_000)
+    peer.transport.start_shutdown(now=9_000)
+    assert peer.transport.sender.shutdown_at == 1_000
+
+
+# -- chaff and counters
+
+
+def test_chaff_blurs_the_length() -> None:
+    layer = mosh.DatagramLayer(mosh.Channel(CIPHER, TO_SERVER), 0, is_server=False)
+    layer.peers = [PEER]
+    client: Transport = mosh.Transport(layer, Note(), Note(), 0, collect_ms=1, random_bytes=random.Random(1).randbytes)
+    lengths = set()
+    for now in range(0, 3_000 * 200, 3_000):
+        (datagram,) = client.datagrams_to_send(now)
+        _, plaintext = mosh.Channel(CIPHER, TO_CLIENT).open(datagram)
+        instruction = mosh.FragmentAssembly().add(mosh.Fragment.decode(plaintext[4:]))
+        assert instruction is not None
+        lengths.add(len(instruction.chaff))
+    assert lengths == set(range(17))
+
+
+def test_what_is_counted() -> None:
+    client, server = _transport(), _transport(TO_CLIENT)
+    (datagram,) = client.datagrams_to_send(now=0)
+    server.receive_datagram(datagram, PEER, now=0)
+    with pytest.raises(mosh.PacketError):
+        server.receive_datagram(b"x" * 100, PEER, now=0)
+    assert (client.stats["sent"], client.stats["bytes_sent"]) == (1, len(datagram))
+    assert (server.stats["received"], server.stats["dropped"]) == (1, 1)
+    assert server.stats["bytes_received"] == len(datagram)
+
+
+# -- laws
+
+
+def _exchange(ends: dict[int, Any], wire: list[tuple[int, bytes]], now: int, kept: Iterable[tuple[int, bytes]]) -> None:
+    """Deliver some datagrams, then collect what both ends have to send."""
+    for direction, datagram in kept:
+        ends[1 - direction].receive_datagram(datagram, PEER, now)
+    for direction, end in ends.items():
+        wire += [(direction, datagram) for datagram in end.datagrams_to_send(now)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_both_notes_arrive_whatever_the_network_does(data: st.DataObject) -> None:
+    ends = {TO_SERVER: _transport(), TO_CLIENT: _transport(TO_CLIENT, collect_ms=8)}
+    wire: list[tuple[int, bytes]] = []
+    now = 0
+    for _ in range(data.draw(st.integers(1, 40), label="steps")):
+        now += data.draw(st.sampled_from((1, 20, 150, 3_000)), label="pause")
+        if data.draw(st.booleans(), label="edit"):
+            direction = data.draw(st.sampled_from((TO_SERVER, TO_CLIENT)))
+            ends[direction].set_current(Note(str(now)), now)
+        kept = data.draw(st.lists(st.sampled_from(wire), max_size=4), label="arrive") if wire else []
+        wire = wire[-20:]  # what is older is lost for good
+        _exchange(ends, wire, now, kept)
+    for _ in range(30):  # from now on nothing is lost
+        now += 500
+        arriving, wire = wire, []
+        _exchange(ends, wire, now, arriving)
+    assert ends[TO_CLIENT].remote.state == ends[TO_SERVER].sender.current
+    assert ends[TO_SERVER].remote.state == ends[TO_CLIENT].sender.current
