@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 import mosh
 import peers
+from conftest import require
 from peers import LOOPBACK
 
 KEY = "AAECAwQFBgcICQoLDA0ODw"
@@ -140,10 +141,7 @@ SHELLS = ["sh", "bash", "dash", "zsh", "ksh", "mksh", "fish", "tcsh"]
 
 def _through(shell: str, command: str, environ: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     """Give `command` to a login shell as sshd does."""
-    path = shutil.which(shell)
-    if path is None:
-        pytest.skip(f"{shell} is not installed")
-    words = [path, "-c", command]
+    words = [require(shell), "-c", command]
     return subprocess.run(
         words, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=LIMIT_SECONDS,
         env={"PATH": os.environ.get("PATH", os.defpath), "HOME": "/", "LC_ALL": "C.UTF-8", **(environ or {})},
