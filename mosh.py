@@ -45,7 +45,7 @@ import struct
 import sys
 import weakref
 import zlib
-from collections import deque
+from collections import deque, namedtuple
 from enum import Enum, auto
 from functools import lru_cache
 
@@ -1347,26 +1347,10 @@ _SWEEP_FROM = 4_096  # entries of a table before unused ones are looked for
 assert _RENDITION_CODES <= _WRAP_BIT
 
 
-class Rendition:
-    """How a cell is shown: attribute bits, foreground and background colour. Never changes once made."""
+class Rendition(namedtuple("Rendition", "attributes foreground background", defaults=(0, None, None))):
+    """How a cell is shown: attribute bits, foreground and background colour. A tuple, since tuples hash in C."""
 
-    __slots__ = ("attributes", "background", "foreground")
-
-    def __init__(self, attributes: int = 0, foreground: int | None = None, background: int | None = None) -> None:
-        self.attributes = attributes
-        self.foreground = foreground
-        self.background = background
-
-    @property
-    def key(self) -> tuple[int, int | None, int | None]:
-        """All there is to it, for comparing."""
-        return self.attributes, self.foreground, self.background
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Rendition) and self.key == other.key
-
-    def __hash__(self) -> int:
-        return hash((self.attributes, self.foreground, self.background))
+    __slots__ = ()
 
     def sgr(self) -> str:
         """Return the control sequence that selects this rendition whatever was selected before."""
@@ -1573,10 +1557,12 @@ class Row:
 
     def with_cells(self, col: int, text: str, attrs: str) -> Row:
         """Return this row with the cells from `col` replaced by `text` and `attrs`, strings of equal length."""
-        if col == len(self.text):  # most printing appends
-            return Row(self.text + text, self.attrs + attrs, self.fill)
-        old_text, old_attrs = self.padded(col)
-        end = col + len(text)
+        old_text, old_attrs = self.text, self.attrs
+        size, end = len(old_text), col + len(text)
+        if col == size:  # most printing appends
+            return Row(old_text + text, old_attrs + attrs, self.fill)
+        if col > size:
+            old_text, old_attrs = self.padded(col)
         return Row(old_text[:col] + text + old_text[end:], old_attrs[:col] + attrs + old_attrs[end:], self.fill)
 
     def erased(self, start: int, end: int, width: int, code: str) -> Row:
@@ -2051,8 +2037,10 @@ class Emulator:
         self.framebuffer.codebook.sweep_if_due()
         at = 0
         while len(data) - at >= _SKIP_FROM_BYTES:
-            end = at + _SHORT_BYTES  # let a sequence that the last feed cut come to its end
-            if not self._parser.is_busy:
+            if self._parser.is_busy:  # let a sequence that has begun come to its end, without cutting the next one
+                end = data.find(b"\x1b", at, at + _SHORT_BYTES)
+                end = at + _SHORT_BYTES if end <= at else end
+            else:
                 match = _LEAVES_ROW.search(data, at)
                 end = match.start() + 1 if match else len(data)
                 if end - at >= _SKIP_FROM_BYTES:
@@ -2177,10 +2165,11 @@ class Emulator:
         """Print characters of width 1."""
         framebuffer = self.framebuffer
         width = framebuffer.width
-        end = framebuffer.cursor_col + len(run)
+        row, col = framebuffer.cursor_row, framebuffer.cursor_col
+        end = col + len(run)
         if end < width and not (self.wrap_pending or self.insert_mode or self.origin_mode):  # nearly always
-            row = framebuffer.cursor_row
-            framebuffer.set_code(row, framebuffer.cursor_col, run, framebuffer.pen * len(run))
+            rows = framebuffer.rows
+            rows[row] = rows[row].with_cells(col, run, framebuffer.pen * len(run))
             self.combining_row, self.combining_col = row, end - 1
             framebuffer.cursor_col = end
             return
@@ -2275,10 +2264,17 @@ class Emulator:
         return (self.region_top, self.region_bottom) if self.origin_mode else (0, self.framebuffer.height - 1)
 
     def _snap(self) -> None:
+        """Bring the cursor back onto the part of the screen it may be on."""
         framebuffer = self.framebuffer
         top, bottom = self._limits()
-        framebuffer.cursor_row = max(top, min(bottom, framebuffer.cursor_row))
-        framebuffer.cursor_col = max(0, min(framebuffer.width - 1, framebuffer.cursor_col))
+        if framebuffer.cursor_row < top:
+            framebuffer.cursor_row = top
+        elif framebuffer.cursor_row > bottom:
+            framebuffer.cursor_row = bottom
+        if framebuffer.cursor_col < 0:
+            framebuffer.cursor_col = 0
+        elif framebuffer.cursor_col >= framebuffer.width:
+            framebuffer.cursor_col = framebuffer.width - 1
 
     def _advance(self, width: int) -> None:
         """Move on after printing at the cursor."""
@@ -2379,31 +2375,32 @@ class Emulator:
     # -- control sequences: moving
 
     def cuu(self, parameters: tuple[int, ...]) -> None:
-        self._go(row=self.framebuffer.cursor_row - _parameter(parameters, 0, 1))
+        self._go(row=self.framebuffer.cursor_row - (parameters[0] or 1))
 
     def cud(self, parameters: tuple[int, ...]) -> None:
-        self._go(row=self.framebuffer.cursor_row + _parameter(parameters, 0, 1))
+        self._go(row=self.framebuffer.cursor_row + (parameters[0] or 1))
 
     def cuf(self, parameters: tuple[int, ...]) -> None:
-        self._go(col=self.framebuffer.cursor_col + _parameter(parameters, 0, 1))
+        self._go(col=self.framebuffer.cursor_col + (parameters[0] or 1))
 
     def cub(self, parameters: tuple[int, ...]) -> None:
-        self._go(col=self.framebuffer.cursor_col - _parameter(parameters, 0, 1))
+        self._go(col=self.framebuffer.cursor_col - (parameters[0] or 1))
 
     def cup(self, parameters: tuple[int, ...]) -> None:
-        self._go(self._limits()[0] + _parameter(parameters, 0, 1) - 1, _parameter(parameters, 1, 1) - 1)
+        col = (parameters[1] or 1) - 1 if len(parameters) > 1 else 0
+        self._go((parameters[0] or 1) - 1 + (self.region_top if self.origin_mode else 0), col)
 
     def vpa(self, parameters: tuple[int, ...]) -> None:
-        self._go_addressed(_parameter(parameters, 0, 1) - 1)
+        self._go_addressed((parameters[0] or 1) - 1)
 
     def cha(self, parameters: tuple[int, ...]) -> None:
-        self._go(col=_parameter(parameters, 0, 1) - 1)
+        self._go(col=(parameters[0] or 1) - 1)
 
     def cht(self, parameters: tuple[int, ...]) -> None:
-        self._tab(_parameter(parameters, 0, 1))
+        self._tab(parameters[0] or 1)
 
     def cbt(self, parameters: tuple[int, ...]) -> None:
-        self._tab(-_parameter(parameters, 0, 1))
+        self._tab(-(parameters[0] or 1))
 
     def _tab(self, count: int) -> None:
         framebuffer = self.framebuffer
@@ -2436,23 +2433,23 @@ class Emulator:
 
     def ech(self, parameters: tuple[int, ...]) -> None:
         col = self.framebuffer.cursor_col
-        self.framebuffer.erase(self.framebuffer.cursor_row, col, col + _parameter(parameters, 0, 1))
+        self.framebuffer.erase(self.framebuffer.cursor_row, col, col + (parameters[0] or 1))
 
     def ich(self, parameters: tuple[int, ...]) -> None:
         framebuffer = self.framebuffer
-        row, col, count = framebuffer.cursor_row, framebuffer.cursor_col, _parameter(parameters, 0, 1)
+        row, col, count = framebuffer.cursor_row, framebuffer.cursor_col, (parameters[0] or 1)
         framebuffer.rows[row] = framebuffer.rows[row].inserted(col, count, framebuffer.width, framebuffer.erase_code)
 
     def dch(self, parameters: tuple[int, ...]) -> None:
         framebuffer = self.framebuffer
-        row, col, count = framebuffer.cursor_row, framebuffer.cursor_col, _parameter(parameters, 0, 1)
+        row, col, count = framebuffer.cursor_row, framebuffer.cursor_col, (parameters[0] or 1)
         framebuffer.rows[row] = framebuffer.rows[row].deleted(col, count, framebuffer.width, framebuffer.erase_code)
 
     def il(self, parameters: tuple[int, ...]) -> None:
-        self._shift_rows(-_parameter(parameters, 0, 1))
+        self._shift_rows(-(parameters[0] or 1))
 
     def dl(self, parameters: tuple[int, ...]) -> None:
-        self._shift_rows(_parameter(parameters, 0, 1))
+        self._shift_rows(parameters[0] or 1)
 
     def _shift_rows(self, count: int) -> None:
         row = self.framebuffer.cursor_row
@@ -2461,10 +2458,10 @@ class Emulator:
         self._go(col=0)
 
     def su(self, parameters: tuple[int, ...]) -> None:
-        self.framebuffer.scroll_rows(self.region_top, self.region_bottom, _parameter(parameters, 0, 1))
+        self.framebuffer.scroll_rows(self.region_top, self.region_bottom, (parameters[0] or 1))
 
     def sd(self, parameters: tuple[int, ...]) -> None:
-        self.framebuffer.scroll_rows(self.region_top, self.region_bottom, -_parameter(parameters, 0, 1))
+        self.framebuffer.scroll_rows(self.region_top, self.region_bottom, -(parameters[0] or 1))
 
     # -- control sequences: modes, rendition, reports
 
@@ -2511,7 +2508,7 @@ class Emulator:
 
     def decstbm(self, parameters: tuple[int, ...]) -> None:
         height = self.framebuffer.height
-        top, bottom = _parameter(parameters, 0, 1), _parameter(parameters, 1, height)
+        top, bottom = (parameters[0] or 1), _parameter(parameters, 1, height)
         if bottom <= top or top > height:
             return
         self.region_top, self.region_bottom = top - 1, min(bottom, height) - 1

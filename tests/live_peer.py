@@ -69,7 +69,7 @@ def visible_cells(framebuffer: mosh.Framebuffer) -> list[dict[int, CellView]]:
     """
     book = framebuffer.codebook
     text_of = lru_cache(maxsize=None)(lambda code: (_arriving(code, book), book.is_wide(code)))
-    rendition_of = lru_cache(maxsize=None)(lambda code: book.rendition(code).key)
+    rendition_of = lru_cache(maxsize=None)(lambda code: book.rendition(code))
     rows = []
     for row in framebuffer.rows:
         text, attrs = row.padded(framebuffer.width)
@@ -92,7 +92,7 @@ def differences(expected: mosh.Framebuffer, got: mosh.Framebuffer) -> list[str]:
     for name in ("width", "height", *MODES):
         if getattr(expected, name) != getattr(got, name):
             found.append(f"{name}: expected {getattr(expected, name)!r}, got {getattr(got, name)!r}")
-    pens = [screen.codebook.rendition(screen.pen).key for screen in (expected, got)]
+    pens = [screen.codebook.rendition(screen.pen) for screen in (expected, got)]
     if pens[0] != pens[1]:
         found.append(f"pen: expected {pens[0]}, got {pens[1]}")
     if wraps(expected) != wraps(got):

@@ -83,7 +83,7 @@ def test_stock_vector(vector: vectors.Vector) -> None:
         assert filtered == expect["reply_per_user_step_hex"]
     elif "reply_hex" in expect:
         assert (replies.hex() or "".join(filtered)) == expect["reply_hex"]
-    assert framebuffer.codebook.rendition(framebuffer.pen).key == vectors.rendition_of(expect.get("pen")).key
+    assert framebuffer.codebook.rendition(framebuffer.pen) == vectors.rendition_of(expect.get("pen"))
     wrapped = [row for row in range(framebuffer.height) if framebuffer.cell(row, framebuffer.width - 1).wrap]
     assert wrapped == expect.get("wrapped_rows", [])
     region = [terminal.region_top, terminal.region_bottom]

@@ -22,7 +22,7 @@ def test_a_framebuffer_shows_what_is_put_into_it() -> None:
     screen.set_code(0, 1, "hi", red * 2)
     assert screen.lines() == [" hi ", "    "]
     cell = screen.cell(0, 2)
-    assert (cell.contents, cell.rendition.key) == ("i", (mosh.BOLD, 1, None))
+    assert (cell.contents, cell.rendition) == ("i", (mosh.BOLD, 1, None))
 
 
 # -- rows ------------------------------------------------------------------------------------------------------
@@ -267,9 +267,9 @@ def test_a_rendition_is_found_again(renditions: list[Rendition]) -> None:
     book = Codebook()
     codes = [book.rendition_code(rendition) for rendition in renditions]
     for rendition, code in zip(renditions, codes):
-        assert book.rendition(code).key == book.rendition(mosh.with_wrap(code)).key == rendition.key
+        assert book.rendition(code) == book.rendition(mosh.with_wrap(code)) == rendition
         assert book.rendition_code(rendition) == code
-    assert len(set(codes)) == len({rendition.key for rendition in renditions})
+    assert len(set(codes)) == len({rendition for rendition in renditions})
 
 
 @given(st.lists(st.tuples(st.text(max_size=3), st.booleans(), st.booleans())))
@@ -297,7 +297,7 @@ def _colors(count: int, start: int = 0) -> Iterator[Rendition]:
 
 def _shown(screen: Framebuffer) -> list[tuple[str, tuple[int, int | None, int | None]]]:
     cells = (screen.cell(row, col) for row in range(screen.height) for col in range(screen.width))
-    return [(cell.contents, cell.rendition.key) for cell in cells]
+    return [(cell.contents, cell.rendition) for cell in cells]
 
 
 FEED = 500  # cells written between two occasions for a sweep, as by one feed of an emulator
@@ -317,7 +317,7 @@ def test_any_number_of_colours_passes_through_a_bounded_table() -> None:
     snapshots: list[tuple[Framebuffer, Any]] = []
     for n, rendition in enumerate(_colors(120_000)):
         code = book.rendition_code(rendition)
-        assert book.rendition(code).key == rendition.key
+        assert book.rendition(code) == rendition
         screen.set_code(n // 40 % 5, n % 40, "x", code)
         if n == 100:
             early.set_code(0, 0, "e", code)
@@ -400,16 +400,16 @@ def test_a_sweep_at_any_moment_changes_no_screen(renditions: list[Rendition], sw
             before = _shown(screen)
             _sweep(book)
             assert _shown(screen) == before
-    assert [key for _, key in _shown(screen)][: len(renditions)] == [rendition.key for rendition in renditions]
+    assert [key for _, key in _shown(screen)][: len(renditions)] == [rendition for rendition in renditions]
 
 
 def test_erased_cells_have_the_background_and_nothing_else() -> None:
     book = Codebook()
     pen = book.rendition_code(Rendition(mosh.BOLD | mosh.INVERSE, 3, 5))
-    assert book.rendition(book.erased_code(pen)).key == (0, None, 5)
+    assert book.rendition(book.erased_code(pen)) == (0, None, 5)
     assert book.erased_code(Codebook.DEFAULT) == Codebook.DEFAULT
     _sweep(book)
-    assert book.rendition(book.erased_code(book.rendition_code(Rendition(mosh.BOLD, 3, 6)))).key == (0, None, 6)
+    assert book.rendition(book.erased_code(book.rendition_code(Rendition(mosh.BOLD, 3, 6)))) == (0, None, 6)
 
 
 @pytest.mark.parametrize(("rendition", "sgr"), [

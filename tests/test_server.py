@@ -444,7 +444,8 @@ def test_the_program_finds_its_signals_as_a_login_would(start: Start) -> None:
     server = start(command=_shell("grep -E '^Sig(Ign|Blk)' /proc/self/status"))[1]
     with Session(server) as session:
         shown = session.wait_for("all said")
-    masks = [int(line.split()[1], 16) for line in shown.splitlines() if line.startswith("Sig")]
+    reserved = 0b11 << 31  # signals 32 and 33, which the C library keeps to itself, are as they were before all of us
+    masks = [int(line.split()[1], 16) & ~reserved for line in shown.splitlines() if line.startswith("Sig")]
     assert masks == [0, 0]
 
 

@@ -45,7 +45,7 @@ def expected_cells(screen: list[dict[str, Any]]) -> dict[tuple[int, int], CellVi
     """Return {(row, col): (contents, rendition key, wide, fallback)} for the cells a "screen" member lists."""
     cells: dict[tuple[int, int], CellView] = {}
     for item in screen:
-        row, col, key = item["row"], item["col"], rendition_of(item.get("attr")).key
+        row, col, key = item["row"], item["col"], rendition_of(item.get("attr"))
         if "text" in item:
             for i, char in enumerate(item["text"]):
                 cells[row, col + i] = (char, key, False, False)
@@ -62,7 +62,7 @@ def actual_cells(framebuffer: mosh.Framebuffer) -> dict[tuple[int, int], CellVie
     for row in range(framebuffer.height):
         for col in range(framebuffer.width):
             cell = framebuffer.cell(row, col)
-            view = (cell.contents, cell.rendition.key, cell.wide, cell.fallback)
+            view = (cell.contents, cell.rendition, cell.wide, cell.fallback)
             if view != ("", (0, None, None), False, False):
                 cells[row, col] = view
     return cells
@@ -78,12 +78,12 @@ def shown(framebuffer: mosh.Framebuffer) -> dict[str, Any]:
             contents = "\xa0" + cell.contents if cell.fallback else cell.contents or " "
             if cell.wide and col == framebuffer.width - 1:
                 contents = " "
-            cells[row, col] = (contents, cell.rendition.key)
+            cells[row, col] = (contents, cell.rendition)
     names = (
         *("cursor_row", "cursor_col", "cursor_visible", "reverse_video", "bracketed_paste", "mouse_mode"),
         *("mouse_encoding", "focus_events", "window_title", "clipboard", "width", "height"),
     )
     state: dict[str, Any] = {name: getattr(framebuffer, name) for name in names}
-    state["pen"] = framebuffer.codebook.rendition(framebuffer.pen).key
+    state["pen"] = framebuffer.codebook.rendition(framebuffer.pen)
     state["cells"] = cells
     return state
