@@ -1461,8 +1461,8 @@ class Codebook:
 
     def rendition(self, code: str) -> Rendition:
         """Return the rendition that `code` stands for, with or without the wrap bit."""
-        found: Rendition = self._renditions.values[without_wrap(code)]
-        return found
+        found: Rendition | None = self._renditions.values.get(code)
+        return found or self.rendition(without_wrap(code))
 
     def erased_code(self, pen: str) -> str:
         """Return the code of an erased cell under `pen`: its background and nothing else (back colour erase)."""
@@ -1968,11 +1968,13 @@ _SGR = re.compile(rb"\x1b\[([0-9;]{0,99})m")
 _SELECTED_LIMIT = 4_096  # remembered effects of SGR
 
 
-@lru_cache(maxsize=1024)
 def parse_parameters(text: str) -> tuple[int, ...]:
     """Return the numbers of a control sequence; 0 for one that is absent or beyond 65535. There is always one."""
     numbers = [int(word) if word else 0 for word in text.split(";")]
     return tuple(numbers if max(numbers) <= 65535 else [number if number <= 65535 else 0 for number in numbers])
+
+
+_remembered_parameters = lru_cache(maxsize=4096)(parse_parameters)
 
 
 def _parameter(parameters: tuple[int, ...], index: int, default: int) -> int:
@@ -2007,6 +2009,8 @@ class Emulator:
         self._decoder = Utf8Decoder()
         self._parser = Parser()
         self._replies = b""
+        self._run_text = self._run_attrs = ""  # printed at (run_row, run_col), not yet in the framebuffer
+        self._run_row = self._run_col = 0
         self._reset()
 
     def _reset(self) -> None:
@@ -2047,9 +2051,13 @@ class Emulator:
                     at = self._skip_unseen(data, at, end)
                 else:
                     end = at + _SKIP_FROM_BYTES
-            self._parser.feed(self._decoder.decode(data[at:end]), self)
+            self._take(data[at:end])
             at = end
-        self._parser.feed(self._decoder.decode(data[at:]), self)
+        self._take(data[at:])
+
+    def _take(self, data: bytes) -> None:
+        self._parser.feed(self._decoder.decode(data), self)
+        self._flush_run()
 
     def _skip_unseen(self, data: bytes, start: int, end: int) -> int:
         """Take over what outlives the lines of data[start:end] that scroll away; return where the others begin."""
@@ -2117,6 +2125,7 @@ class Emulator:
 
     def execute(self, char: str) -> None:
         """See ParserSink."""
+        self._flush_run()
         if char != "\t":
             self.wrap_pending = False
         handler = _CONTROLS.get(char)
@@ -2128,6 +2137,7 @@ class Emulator:
         if len(key) == 1 and "@" <= key <= "_":
             self.execute(chr(ord(key) + 0x40))  # ESC and a letter is another way to write a C1 control
             return
+        self._flush_run()
         self.wrap_pending = False
         handler = _ESCAPES.get(key)
         if handler:
@@ -2138,11 +2148,12 @@ class Emulator:
         if key == "m":
             self.sgr(parameters)
             return
+        self._flush_run()
         if key not in _KEEPS_WRAP_PENDING:
             self.wrap_pending = False
         handler = _CONTROL_SEQUENCES.get(key)
         if handler:
-            handler(self, parse_parameters(parameters))
+            handler(self, _remembered_parameters(parameters))
 
     def osc_dispatch(self, text: str) -> None:
         """Set icon name, window title or clipboard. Source: xterm's control sequences, OSC 0, 1, 2 and 52."""
@@ -2165,14 +2176,9 @@ class Emulator:
         """Print characters of width 1."""
         framebuffer = self.framebuffer
         width = framebuffer.width
-        row, col = framebuffer.cursor_row, framebuffer.cursor_col
-        end = col + len(run)
-        if end < width and not (self.wrap_pending or self.insert_mode or self.origin_mode):  # nearly always
-            rows = framebuffer.rows
-            rows[row] = rows[row].with_cells(col, run, framebuffer.pen * len(run))
-            self.combining_row, self.combining_col = row, end - 1
-            framebuffer.cursor_col = end
+        if self._extend_run(run, framebuffer.pen * len(run), 1):
             return
+        self._flush_run()
         at = 0
         while at < len(run):
             if self.wrap_pending and self.autowrap:
@@ -2193,6 +2199,29 @@ class Emulator:
             framebuffer.cursor_col = col + len(piece) - 1
             self._advance(1)
 
+    def _extend_run(self, text: str, attrs: str, last: int) -> bool:
+        """Add cells at the cursor to the run being printed, `last` columns of them the last character.
+
+        Returns False, having done nothing, unless they simply fit into the row, as nearly always.
+        """
+        framebuffer = self.framebuffer
+        end = framebuffer.cursor_col + len(text)
+        if end >= framebuffer.width or self.wrap_pending or self.insert_mode or self.origin_mode:
+            return False
+        if not self._run_text:
+            self._run_row, self._run_col = framebuffer.cursor_row, framebuffer.cursor_col
+        self._run_text += text
+        self._run_attrs += attrs
+        self.combining_row, self.combining_col = framebuffer.cursor_row, end - last
+        framebuffer.cursor_col = end
+        return True
+
+    def _flush_run(self) -> None:
+        """Put what was printed since the cursor last moved into its row: much of a screen is made of short runs."""
+        if self._run_text:
+            self.framebuffer.set_code(self._run_row, self._run_col, self._run_text, self._run_attrs)
+            self._run_text = self._run_attrs = ""
+
     def _rows_unseen(self, count: int) -> int:
         """Return how many rows of a run with `count` characters left would scroll away before they are seen."""
         framebuffer = self.framebuffer
@@ -2205,21 +2234,22 @@ class Emulator:
         framebuffer = self.framebuffer
         at = 0
         while at < len(run):
-            row, col = framebuffer.cursor_row, framebuffer.cursor_col
-            piece = run[at : at + (framebuffer.width - 1 - col) // 2]
-            if not piece or self.wrap_pending or self.insert_mode or self.origin_mode:
+            piece = run[at : at + (framebuffer.width - 1 - framebuffer.cursor_col) // 2]
+            attrs = (framebuffer.pen + framebuffer.erase_code) * len(piece)
+            if piece and self._extend_run(NUL.join(piece) + NUL, attrs, 2):
+                at += len(piece)
+            else:
                 self._print_one(run[at], 2)
                 at += 1
-                continue
-            attrs = (framebuffer.pen + framebuffer.erase_code) * len(piece)
-            framebuffer.set_code(row, col, NUL.join(piece) + NUL, attrs)
-            at += len(piece)
-            framebuffer.cursor_col = col + 2 * len(piece)
-            self.combining_row, self.combining_col = row, framebuffer.cursor_col - 2
 
     def _print_one(self, char: str, width: int) -> None:
         """Print a character of width 1 or 2."""
         framebuffer = self.framebuffer
+        text, attrs = framebuffer.codebook.cell_code(char, width == 2, fallback=False), framebuffer.pen
+        right = (NUL, framebuffer.erase_code) if width == 2 else ("", "")
+        if self._extend_run(text + right[0], attrs + right[1], width):
+            return
+        self._flush_run()
         if self.autowrap and self.wrap_pending:
             self._wrap()
         elif self.autowrap and width == 2 and framebuffer.cursor_col == framebuffer.width - 1:
@@ -2228,9 +2258,8 @@ class Emulator:
         row, col = framebuffer.cursor_row, framebuffer.cursor_col
         if self.insert_mode:
             self.ich((width,))
-        text, attrs = framebuffer.codebook.cell_code(char, width == 2, fallback=False), framebuffer.pen
-        if width == 2 and col + 1 < framebuffer.width:
-            text, attrs = text + NUL, attrs + framebuffer.erase_code
+        if col + 1 < framebuffer.width:
+            text, attrs = text + right[0], attrs + right[1]
         framebuffer.set_code(row, col, text, attrs)
         self._advance(width)
 
@@ -2240,14 +2269,25 @@ class Emulator:
         row, col = self.combining_row, self.combining_col
         if row < 0:
             return
-        book = framebuffer.codebook
+        if row == self._run_row and 0 <= col - self._run_col < len(self._run_text):
+            at = col - self._run_col
+            code = self._with_mark(self._run_text[at], mark)
+            self._run_text = self._run_text[:at] + code + self._run_text[at + 1 :]
+            return
+        self._flush_run()
         text, attr = framebuffer.code_at(row, col)
-        fallback = text == NUL or book.is_fallback(text)
-        contents = book.contents(text)
         if text == NUL:
             self._advance(1)  # a mark on an empty cell stands for itself
-        if len(contents.encode("utf-8", "replace")) < CLUSTER_LIMIT_BYTES:
-            framebuffer.set_code(row, col, book.cell_code(contents + mark, book.is_wide(text), fallback), attr)
+        framebuffer.set_code(row, col, self._with_mark(text, mark), attr)
+
+    def _with_mark(self, text: str, mark: str) -> str:
+        """Return the code of a cell with one more combining mark, or the same if it is full."""
+        book = self.framebuffer.codebook
+        contents = book.contents(text)
+        if len(contents.encode("utf-8", "replace")) >= CLUSTER_LIMIT_BYTES:
+            return text
+        fallback = text == NUL or book.is_fallback(text)
+        return book.cell_code(contents + mark, book.is_wide(text), fallback)
 
     def _wrap(self) -> None:
         framebuffer = self.framebuffer
@@ -2613,48 +2653,50 @@ _FRAMEBUFFER_MODES = {  # and those that the user's terminal has to share
 MOUSE_MODES = (9, 1000, 1001, 1002, 1003)  # what is reported; one at a time
 MOUSE_ENCODINGS = (1005, 1006, 1015)  # how; one at a time
 
+_SGR_FOREGROUND: dict[int, int | None] = {30 + n: n for n in range(8)}
+_SGR_FOREGROUND.update({90 + n: 8 + n for n in range(8)})
+_SGR_FOREGROUND[39] = None  # the default colour
+_SGR_BACKGROUND = {number + 10: color for number, color in _SGR_FOREGROUND.items()}
 _SGR_OFF = {22: BOLD, 23: ITALIC, 24: UNDERLINED, 25: BLINK, 27: INVERSE, 28: INVISIBLE}
-
-
-@lru_cache(maxsize=4096)
-def _sgr_color(number: int) -> tuple[bool, int | None] | None:
-    """Return (is it the foreground, colour) for an SGR parameter that names a colour by itself, else None."""
-    for first, palette in ((30, 0), (90, 8)):
-        for base, is_foreground in ((first, True), (first + 10, False)):
-            if base <= number <= base + 7:
-                return is_foreground, palette + number - base
-    return (number == 39, None) if number in (39, 49) else None
 
 
 def _select_rendition(pen: Rendition, parameters: tuple[int, ...]) -> Rendition:
     """Return the rendition that SGR with these parameters makes of `pen`."""
-    attributes, colors = pen.attributes, {True: pen.foreground, False: pen.background}
-    at = 0
-    while at < len(parameters):
+    attributes, foreground, background = pen
+    at, count = 0, len(parameters)
+    while at < count:
         number = parameters[at]
-        remaining = len(parameters) - at
-        kind = parameters[at + 1] if number in (38, 48) and remaining > 1 else 0
-        if kind == 5 and remaining >= 3:  # palette colour
-            if parameters[at + 2] <= 255:
-                colors[number == 38] = parameters[at + 2]
-            at += 3
-            continue
-        if kind == 2 and remaining >= 5:  # red, green, blue; their ranges are not checked, as in stock
-            red, green, blue = parameters[at + 2 : at + 5]
-            colors[number == 38] = (RGB | red << 16 | green << 8 | blue) & 0x1FFFFFF
-            at += 5
-            continue
-        color = _sgr_color(number)
+        if number in (38, 48) and at + 2 < count:
+            color, used = _extended_color(parameters[at + 1 : at + 5])
+            if used:
+                if color is not None and number == 38:
+                    foreground = color
+                elif color is not None:
+                    background = color
+                at += 1 + used
+                continue
+        at += 1
         if number == 0:
-            attributes, colors = 0, {True: None, False: None}
+            attributes, foreground, background = 0, None, None
         elif number in ATTRIBUTE_NUMBERS:
             attributes |= 1 << number
         elif number in _SGR_OFF:
             attributes &= ~_SGR_OFF[number]
-        elif color:
-            colors[color[0]] = color[1]
-        at += 1
-    return Rendition(attributes, colors[True], colors[False])
+        elif number in _SGR_FOREGROUND:
+            foreground = _SGR_FOREGROUND[number]
+        elif number in _SGR_BACKGROUND:
+            background = _SGR_BACKGROUND[number]
+    return Rendition(attributes, foreground, background)
+
+
+def _extended_color(parameters: tuple[int, ...]) -> tuple[int | None, int]:
+    """Return (colour, how many parameters it took) for what follows a 38 or 48; none for neither of the two forms."""
+    if parameters[0] == 2 and len(parameters) == 4:  # red, green, blue; their ranges are not checked, as in stock
+        _, red, green, blue = parameters
+        return (RGB | red << 16 | green << 8 | blue) & 0x1FFFFFF, 4
+    if parameters[0] == 5:
+        return (parameters[1] if parameters[1] <= 255 else None), 2
+    return None, 0
 
 
 # ======================================================================================================================
