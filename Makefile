@@ -14,7 +14,7 @@ VENV := .venv
 PYTEST := $(VENV)/bin/python -m pytest -c tests/pytest.ini --rootdir .
 SOURCES := mosh.py build_zipapp.py tests
 
-.PHONY: all run slim test lint sim bench fuzz clean help peers
+.PHONY: all run slim test lint sim bench bench-terminal bench-network bench-start fuzz clean help peers
 
 all: mosh.pyz ## build mosh.pyz, the one file to run and to copy (plain `make` does this)
 
@@ -55,6 +55,9 @@ bench: $(VENV)/.tools mosh.pyz peers ## measure against stock mosh and plain ssh
 	    echo "== $$bench"; MOSH_PYZ="$(CURDIR)/mosh.pyz" $(VENV)/bin/python $$bench || exit 1; \
 	done
 
+bench-terminal bench-network bench-start: bench-%: $(VENV)/.tools mosh.pyz peers ## one of them
+	MOSH_PYZ="$(CURDIR)/mosh.pyz" $(VENV)/bin/python tests/bench_$*.py
+
 fuzz: $(VENV)/.tools ## run the tests on random input for much longer
 	MOSH_FUZZ_LONG=1 $(PYTEST) -m fuzz tests
 
@@ -63,7 +66,7 @@ clean: ## remove everything that make has made, .venv included
 	rm -rf __pycache__ tests/__pycache__
 
 help: ## show this list
-	@awk 'BEGIN { FS = ":.*## " } /^[a-z]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' Makefile
+	@awk 'BEGIN { FS = ":.*## " } /^[a-z -]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' Makefile
 
 # -- What the targets need ---------------------------------------------------------------------------------------------
 

@@ -1964,6 +1964,7 @@ _LEAVES_ROW = re.compile(
     rb"\x0b|\x0c|\xc2[\x80-\x9f]"  # VT, FF and C1 controls; every alternative starts with a byte, which is much faster
     rb"|\x1b(?!\[[0-9;]{0,99}[mKXPCDG@]|[=>]|\([0B])"  # all sequences but SGR EL ECH DCH CUF CUB CHA ICH, and no-ops
 )
+_LEAVE_ROW = (b"\x0b", b"\x0c", b"\xc2", b"\x1b")  # what these begin with: looking for a byte is faster still
 _SGR = re.compile(rb"\x1b\[([0-9;]{0,99})m")
 _SELECTED_LIMIT = 4_096  # remembered effects of SGR
 
@@ -2039,13 +2040,14 @@ class Emulator:
     def feed(self, data: bytes) -> None:
         """Take output of the program, cut anywhere."""
         self.framebuffer.codebook.sweep_if_due()
+        may_leave_row = any(byte in data for byte in _LEAVE_ROW)
         at = 0
         while len(data) - at >= _SKIP_FROM_BYTES:
             if self._parser.is_busy:  # let a sequence that has begun come to its end, without cutting the next one
                 end = data.find(b"\x1b", at, at + _SHORT_BYTES)
                 end = at + _SHORT_BYTES if end <= at else end
             else:
-                match = _LEAVES_ROW.search(data, at)
+                match = _LEAVES_ROW.search(data, at) if may_leave_row else None
                 end = match.start() + 1 if match else len(data)
                 if end - at >= _SKIP_FROM_BYTES:
                     at = self._skip_unseen(data, at, end)

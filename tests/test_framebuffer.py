@@ -269,7 +269,7 @@ def test_a_rendition_is_found_again(renditions: list[Rendition]) -> None:
     for rendition, code in zip(renditions, codes):
         assert book.rendition(code) == book.rendition(mosh.with_wrap(code)) == rendition
         assert book.rendition_code(rendition) == code
-    assert len(set(codes)) == len({rendition for rendition in renditions})
+    assert len(set(codes)) == len(set(renditions))
 
 
 @given(st.lists(st.tuples(st.text(max_size=3), st.booleans(), st.booleans())))
@@ -400,7 +400,7 @@ def test_a_sweep_at_any_moment_changes_no_screen(renditions: list[Rendition], sw
             before = _shown(screen)
             _sweep(book)
             assert _shown(screen) == before
-    assert [key for _, key in _shown(screen)][: len(renditions)] == [rendition for rendition in renditions]
+    assert [key for _, key in _shown(screen)][: len(renditions)] == list(renditions)
 
 
 def test_erased_cells_have_the_background_and_nothing_else() -> None:
