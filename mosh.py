@@ -825,14 +825,22 @@ class FragmentAssembly:
 #
 # The sender keeps the states that may still be a base: sent[0] is known to have arrived, the rest is in flight. A state
 # in flight is *assumed* to have arrived for one retransmission timeout, then no longer, and diffs start further back.
-# How often it sends is the frame interval, half the smoothed round trip: about one instruction is then always under
-# way, and a flood of output never fills the network's buffers, which is why Ctrl-C works.
+# Pacing keeps the network's buffers empty, which is why Ctrl-C works in a flood of output. Stock mosh sends at most one
+# instruction per frame interval, half the smoothed round trip. What that protects against is bytes, and a key or its
+# echo is next to none. So here an instruction is a debt, paid off at PACING_BYTES per interval, and the next one waits
+# for the part of the interval that the debt is of PACING_BYTES: a full datagram costs the whole interval, a frame at
+# least half of it, an ack or a key hardly anything. What goes out in an interval stays below PACING_BYTES and one
+# instruction, which is about what stock may send.
 
 COLLECT_MS = {"server": 8, "client": 1}  # changes are gathered this long before they are sent
 ACK_INTERVAL_MS = 3_000  # an idle peer still hears from us this often, which keeps NAT mappings open
 ACK_DELAY_MS = 100  # an ack waits this long for data to ride on; also slack on top of the RTO
 ACTIVE_RETRY_MS = 10_000  # resend at frame rate only while the peer has been heard so recently
 assert max(COLLECT_MS.values()) < ACK_DELAY_MS < ACK_INTERVAL_MS < ACTIVE_RETRY_MS
+
+PACING_BYTES = 1_000  # debt that is paid off in one frame interval
+FRAME_DEBT_BYTES = 500  # what an instruction costs at least, unless its diff is small
+SMALL_DIFF_BYTES = 64  # keys, an echo, an echo ack
 
 SHUTDOWN_TRIES = 16
 SHUTDOWN_MS = 10_000
@@ -882,6 +890,8 @@ class Sender(Generic[Local]):
         self._collect_ms = collect_ms
         self._round_trip = round_trip
         self._changed_at: int | None = None  # when `current` first differed from the last state sent
+        self._debt_bytes = 0.0  # sent and not yet paid off, at PACING_BYTES per frame interval
+        self._debt_at = now
         self._next_send_at: int | None = None
         self._next_ack_at: int = now
         # shutdown
@@ -902,7 +912,7 @@ class Sender(Generic[Local]):
         if self.current != last.state:
             if self._changed_at is None:
                 self._changed_at = now
-            self._next_send_at = max(self._changed_at + self._collect_ms, last.at + interval)
+            self._next_send_at = max(self._changed_at + self._collect_ms, self._debt_at + self._pacing_ms())
         elif active and self.current != self._assumed.state:
             self._next_send_at = last.at + interval
             if self._changed_at is not None:
@@ -922,6 +932,18 @@ class Sender(Generic[Local]):
                 break
             assumed = entry
         return assumed
+
+    def charge(self, diff: bytes, size: int, now: int) -> None:
+        """An instruction with `diff` has gone out, as datagrams of `size` bytes in all."""
+        paid = (now - self._debt_at) * PACING_BYTES / self._round_trip.frame_interval_ms
+        debt = size if len(diff) <= SMALL_DIFF_BYTES else max(size, FRAME_DEBT_BYTES)
+        self._debt_bytes = max(0.0, self._debt_bytes - paid) + debt
+        self._debt_at = now
+
+    def _pacing_ms(self) -> int:
+        """Return how long after the last instruction the next one with something new may go out."""
+        interval = self._round_trip.frame_interval_ms
+        return math.ceil(interval * min(1.0, self._debt_bytes / PACING_BYTES))
 
     def next_timeout(self) -> int:
         """Return when instruction_to_send next wants to be asked, as of the last update_timers."""
@@ -1081,7 +1103,9 @@ class Transport(Generic[Local, Remote]):
         fragments = self._fragmenter.fragments(instruction, self.datagrams.mtu_bytes)
         out = [self.datagrams.seal(fragment.encode(), now) for fragment in fragments]
         self.stats["sent"] += len(out)
-        self.stats["bytes_sent"] += sum(map(len, out))
+        size = sum(map(len, out))
+        self.stats["bytes_sent"] += size
+        self.sender.charge(instruction.diff, size, now)
         self.sender.update_timers(now)
         if instruction.ack_num == LAST_STATE_NUM:
             self._close(clean=True)  # the peer hears that we know or it does not; neither waits for the other

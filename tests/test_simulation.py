@@ -139,13 +139,13 @@ def test_an_idle_session_costs_two_datagrams_in_three_seconds(sim: Simulation) -
     assert [new - old for old, new in zip(before, after)] == [20, 20]
 
 
-def test_a_flood_is_shown_at_the_frame_rate(sim: Simulation) -> None:
+def test_a_flood_is_shown_at_most_twice_per_frame_interval(sim: Simulation) -> None:
     sim.link.delay_ms = 50
     sim.run(ms=2_000)
     sim.client.type("burst 1000\r")
     sim.run(ms=3_000)
     states = {sent.numbers[1]: sent.at for sent in sim.sent(mosh.TO_CLIENT) if sent.at > 2_200}
-    assert len(states) <= 2_800 // 50 + 1
+    assert len(states) <= 2 * (2_800 // 50) + 1
     assert "output" in sim.client.screen.text
 
 

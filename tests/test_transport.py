@@ -197,13 +197,28 @@ def test_changes_are_collected_before_they_are_sent(collect_ms: int) -> None:
 
 
 @pytest.mark.parametrize(("rtt_ms", "interval_ms"), [(10, 20), (100, 50), (400, 200), (2_000, 250)])
-def test_frames_are_half_a_round_trip_apart(rtt_ms: int, interval_ms: int) -> None:
+@pytest.mark.parametrize(("size", "least", "most"), [(1, 0.0, 0.2), (100, 0.4, 0.6), (3_000, 1.0, 1.1)])
+def test_a_frame_makes_the_next_one_wait_by_its_size(
+    rtt_ms: int, interval_ms: int, size: int, least: float, most: float
+) -> None:
+    """A key costs hardly any of the frame interval, a frame half of it, a full datagram all of it."""
+    noise = random.Random(1).choices("abcdefghijklmnopqrstuvwxyz0123456789", k=size)
     peer = _connected(rtt_ms=rtt_ms)
-    peer.transport.set_current(Note("a"), now=1_000)
-    (first, *_) = peer.listen(until=1_010)
-    peer.transport.set_current(Note("ab"), now=1_010)
-    (second, *_) = peer.listen(until=1_300)
-    assert second[0] == first[0] + interval_ms and second[2] == first[2] + 1
+    peer.transport.set_current(Note("".join(noise)), now=1_000)
+    (first, *_) = peer.listen(until=1_001)
+    peer.transport.set_current(Note("".join(noise) + "!"), now=first[0] + 1)
+    second = next(sent for sent in peer.listen(until=1_300) if sent[2] > first[2])
+    assert least * interval_ms <= second[0] - first[0] <= most * interval_ms + 2
+    assert second[2] == first[2] + 1
+
+
+def test_many_small_frames_add_up() -> None:
+    peer = _connected(rtt_ms=2_000)
+    for i in range(40):
+        peer.transport.set_current(Note("x" * (i + 1)), now=1_000 + 5 * i)
+        peer.listen(until=1_000 + 5 * i + 4)
+    sent = peer.listen(until=1_250)
+    assert peer.transport.stats["bytes_sent"] < 3 * mosh.PACING_BYTES, sent
 
 
 def test_unacknowledged_data_is_resent_at_the_frame_rate_under_the_same_number() -> None:
@@ -240,13 +255,14 @@ def test_a_due_heartbeat_resends_what_is_unacknowledged() -> None:
 
 def test_a_due_ack_takes_pending_data_along_without_waiting_for_the_frame() -> None:
     peer = _connected(rtt_ms=2_000)
-    peer.transport.set_current(Note("a"), now=1_000)
+    large = "".join(random.Random(2).choices("abcdefghijklmnopqrstuvwxyz0123456789", k=3_000))
+    peer.transport.set_current(Note(large), now=1_000)
     sent_at = peer.listen(until=1_010)[0][0]
     peer.say(1, 2, ">theirs", ack=2)
     peer.listen(until=1_050)
-    peer.transport.set_current(Note("ab"), now=1_050)
+    peer.transport.set_current(Note(large + "b"), now=1_050)
     heard = peer.listen(until=1_300)
-    assert heard[0] == (1_110, 2, 3, 2, 2, "a>ab") and heard[0][0] < sent_at + 250
+    assert heard[0][:5] == (1_110, 2, 3, 2, 2) and heard[0][0] < sent_at + 250
 
 
 def test_nothing_changes_when_a_change_is_taken_back_in_time() -> None:
