@@ -40,6 +40,7 @@ from __future__ import annotations
 import binascii
 import bisect
 import math
+import operator
 import re
 import struct
 import sys
@@ -2737,10 +2738,12 @@ def _extended_color(parameters: tuple[int, ...]) -> tuple[int | None, int]:
 #   - after a cell whose width is doubtful, the cursor is placed explicitly
 
 _ERASE_CHARACTERS_FROM = 10  # empty cells amid text from which ECH and a move are shorter than spaces
-_MERGE_GAP = 3  # unchanged cells that are cheaper written again than skipped
+_MERGE_GAP = 3  # bytes of unchanged cells that are cheaper written again than skipped
 _MOVE_BYTES = 2  # about what getting to a row costs
 _SCROLL_BYTES, _SCROLL_REGION_BYTES = 5, 20  # about what a scroll of the whole screen and of a part of it cost
+_SCROLL_DISTANCES = 3  # distances that are examined, those of most votes
 _EMPTY_RUN = NUL * _ERASE_CHARACTERS_FROM
+_EMPTY = re.compile(f"{_EMPTY_RUN}\0*")
 _EMPTY_RUN_OR_REST = re.compile(f"{_EMPTY_RUN}\0*|(?:(?!{_EMPTY_RUN}).)+", re.DOTALL)
 _NBSP = "\xa0"  # carries a cell that has only combining marks
 
@@ -2768,7 +2771,11 @@ class Display:
         `known` False: the terminal may show anything, so everything is written. Source of the frame's order, and of
         what may be in it: stock mosh.
         """
-        return _FrameWriter(self, last, new, known).write()
+        writer = _FrameWriter(self, last, new, known)
+        frame = writer.write()
+        if writer.scroll_is_doubtful:
+            frame = min(frame, _FrameWriter(self, last, new, known).write(scroll=False), key=len)
+        return frame
 
 
 class _FrameWriter:
@@ -2782,16 +2789,17 @@ class _FrameWriter:
         self._modes_known = known
         self._book = new.codebook
         self._out: list[str] = []
+        self.scroll_is_doubtful = False  # parts of the screen were scrolled, and it may have saved nothing
         # the terminal as it is now
         self._position: Position | None = (last.cursor_row, last.cursor_col)  # col == width: wrap pending
         self._pen: str | None = last.pen
         self._cursor_visible: bool | None = last.cursor_visible
 
-    def write(self) -> bytes:
-        """Return the frame diff. To be called once."""
+    def write(self, *, scroll: bool = True) -> bytes:
+        """Return the frame diff; `scroll`: parts of the screen may be scrolled. To be called once."""
         self._write_events()
         rows = self._last.rows if self._known else self._clear()
-        if self._known and rows != self._new.rows:
+        if scroll and self._known and rows != self._new.rows:
             rows = self._scroll(rows)
         wrapped = False
         for row, (old, new) in enumerate(zip(rows, self._new.rows)):
@@ -2848,9 +2856,10 @@ class _FrameWriter:
 
     def _scroll(self, rows: list[Row]) -> list[Row]:
         """Scroll a part of the screen if that saves bytes. Returns the rows that the terminal then shows."""
-        top, bottom, distance = _find_scroll(rows, self._new.rows)
+        top, bottom, distance, certain = _find_scroll(rows, self._new.rows)
         if not distance:
             return rows
+        self.scroll_is_doubtful = not certain
         self._set_pen(Codebook.DEFAULT)
         whole_screen = (top, bottom) == (0, self._new.height - 1)
         if not whole_screen:
@@ -2888,7 +2897,7 @@ class _FrameWriter:
             self._put_cells(row, 0, 1, text, attrs)
             changed = [col for col in changed if col > 0]
         erase_tail = self._is_erasable(new.fill)
-        for start, end in _spans(changed, attrs):
+        for start, end in _spans(changed, text, attrs):
             if end > tail and erase_tail:
                 self._put_cells(row, start, max(start, tail), text, attrs)
                 self._erase_to_end(row, max(start, tail), new.fill)
@@ -2938,11 +2947,17 @@ class _FrameWriter:
         return end
 
     def _put_run_by_cell(self, row: int, start: int, end: int, text: str, attr: str) -> int:
+        erase = self._display.ech and self._is_erasable(attr)
         col = start
         while col < end:
             self._move_hidden(row, col)
             self._set_pen(attr)
             code = text[col]
+            empty = _EMPTY.match(text, col, end) if erase and code == NUL else None
+            if empty:
+                self._out.append(f"\x1b[{empty.end() - col}X")
+                col = empty.end()
+                continue
             contents = self._book.contents(code) or " "
             columns = 2 if self._book.is_wide(code) else 1
             if col + columns > self._new.width:
@@ -3016,35 +3031,44 @@ def _exclusive_mode(numbers: tuple[int, ...], old: int, new: int) -> str:
     return (_mode(old, False) if old else "") + _mode(new, True)
 
 
-def _cost(shown: Row, wanted: Row) -> int:
-    """Return about how many bytes it takes to write a row over another."""
+def _most_bytes(shown: Row, wanted: Row) -> int:
+    """Return about how many bytes it takes to write one row over another, if they have little in common."""
     return 0 if shown is wanted or shown == wanted else _MOVE_BYTES + len(wanted.text)
 
 
-def _find_scroll(old: list[Row], new: list[Row]) -> tuple[int, int, int]:
-    """Return (top, bottom, distance) of the scroll that saves most bytes; distance 0 for none, below 0 for down.
+def _least_bytes(shown: Row, wanted: Row) -> int:
+    """Return how many it takes at the least: one for every cell that differs, but erasing costs next to nothing."""
+    differing: int = sum(map(operator.ne, shown.text, wanted.text))
+    added = max(0, len(wanted.text) - len(shown.text))
+    return max(0, differing + added - wanted.text.count(NUL))
 
-    Rows that have moved vote, by their length, for the distance they have moved; the winner is examined.
+
+def _find_scroll(old: list[Row], new: list[Row]) -> tuple[int, int, int, bool]:
+    """Return (top, bottom, distance, certain) of the most promising scroll; distance 0 for none, below 0 for down.
+
+    Rows that have moved vote, by their length, for the distance they have moved; the first few winners are examined.
+    Unless it is `certain`, the scroll may turn out not to save anything.
     """
-    places = {row: i for i, row in enumerate(old) if row.text}
+    places: dict[Row, list[int]] = {}
+    for i, row in enumerate(old):
+        places.setdefault(row, []).append(i)
     votes: dict[int, int] = {}
     for i, row in enumerate(new):
         if row is not old[i] and row != old[i] and row in places:
-            distance = places[row] - i
-            votes[distance] = votes.get(distance, 0) + _MOVE_BYTES + len(row.text)
-    if not votes:
-        return 0, 0, 0
-    distance = max(votes, key=lambda key: votes[key])
-    best, best_gain = (0, 0, 0), 0
-    for first, end in _matching_runs(old, new, distance):
-        top, bottom = (first, end - 1 + distance) if distance > 0 else (first + distance, end - 1)
-        vacated = range(end, bottom + 1) if distance > 0 else range(top, first)
-        gain = sum(_cost(old[i], new[i]) for i in range(first, end))
-        gain -= sum(_cost(_BLANK_ROW, new[i]) - _cost(old[i], new[i]) for i in vacated)
-        whole_screen = (top, bottom) == (0, len(old) - 1)
-        gain -= abs(distance) + (_SCROLL_BYTES if whole_screen else _SCROLL_REGION_BYTES)
-        if gain > best_gain:
-            best, best_gain = (top, bottom, distance), gain
+            at = bisect.bisect(places[row], i)
+            for place in places[row][max(0, at - 1) : at + 1]:  # the nearest ones above and below
+                votes[place - i] = votes.get(place - i, 0) + _MOVE_BYTES + len(row.text)
+    best, best_gain = (0, 0, 0, False), -_SCROLL_REGION_BYTES
+    for distance in sorted(votes, key=lambda key: -votes[key])[:_SCROLL_DISTANCES]:
+        for first, end in _matching_runs(old, new, distance):
+            top, bottom = (first, end - 1 + distance) if distance > 0 else (first + distance, end - 1)
+            vacated = range(end, bottom + 1) if distance > 0 else range(top, first)
+            price = abs(distance) + sum(_most_bytes(_BLANK_ROW, new[i]) for i in vacated)
+            price += _SCROLL_BYTES if (top, bottom) == (0, len(old) - 1) else _SCROLL_REGION_BYTES
+            gain = sum(_most_bytes(old[i], new[i]) for i in range(top, bottom + 1)) - price
+            if gain > best_gain:
+                certain = sum(_least_bytes(old[i], new[i]) for i in range(top, bottom + 1)) > 2 * price
+                best, best_gain = (top, bottom, distance, certain), gain
     return best
 
 
@@ -3060,7 +3084,7 @@ def _matching_runs(old: list[Row], new: list[Row], distance: int) -> Iterator[tu
             first = None
 
 
-def _spans(changed: list[int], attrs: str) -> list[Position]:
+def _spans(changed: list[int], text: str, attrs: str) -> list[Position]:
     """Return changed columns as [start, end) spans, joined over small gaps of the same rendition."""
     if not changed:
         return []
@@ -3071,7 +3095,8 @@ def _spans(changed: list[int], attrs: str) -> list[Position]:
             previous = col
             continue
         gap = attrs[previous : col + 1]
-        if col - previous > _MERGE_GAP + 1 or gap.strip(gap[0]):
+        is_long = len(gap) > _MERGE_GAP + 2 or len(text[previous + 1 : col].encode("utf-8", "replace")) > _MERGE_GAP
+        if is_long or gap.strip(gap[0]):
             spans.append((start, previous + 1))
             start = col
         previous = col
