@@ -2388,6 +2388,7 @@ class Emulator:
         self.cht((1,))
 
     def lf(self) -> None:
+        """Move down one row, scrolling at the bottom margin; the short form of _step_rows(1) where it may be had."""
         framebuffer = self.framebuffer
         if self.origin_mode:
             self._step_rows(1)
@@ -2484,6 +2485,7 @@ class Emulator:
     # -- control sequences: erasing, inserting, deleting, scrolling
 
     def ed(self, parameters: tuple[int, ...]) -> None:
+        """Erase from the cursor to the end of the screen (0), from its start to the cursor (1), or all of it (2)."""
         framebuffer = self.framebuffer
         row, kind = framebuffer.cursor_row, parameters[0]
         if kind in (0, 1):
@@ -2574,6 +2576,7 @@ class Emulator:
         self._go(col=0)
 
     def decstbm(self, parameters: tuple[int, ...]) -> None:
+        """Set the scrolling region and go home; one without at least two rows is ignored."""
         height = self.framebuffer.height
         top, bottom = (parameters[0] or 1), _parameter(parameters, 1, height)
         if bottom <= top or top > height:
