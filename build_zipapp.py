@@ -423,6 +423,7 @@ def write_executable(path: Path, data: bytes) -> None:
 # ==================================================================================================
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line; argparse ends the process with status 2 if it is wrong."""
     parser = argparse.ArgumentParser(
         description="Build mosh.pyz. The same mosh.py, wcwidth and interpreters give the same bytes.",
         epilog="SOURCE_DATE_EPOCH in the environment dates the members of the archive (default: 1980-01-01).",

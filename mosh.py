@@ -902,7 +902,7 @@ class Sender(Generic[Local]):
     # -- timers
 
     def update_timers(self, now: int) -> None:
-        """Work out anew what to assume and when to send. Source: stock mosh's rules, which a peer may rely on."""
+        """Work out anew what to assume and when to send. Source: stock mosh's rules, but for the pacing of new data."""
         self._assumed = self._assume(now)
         self.current.forget_before(self.sent[0].state)
         if self.data_ack_due:
@@ -2003,11 +2003,6 @@ def parse_parameters(text: str) -> tuple[int, ...]:
 _remembered_parameters = lru_cache(maxsize=4096)(parse_parameters)
 
 
-def _parameter(parameters: tuple[int, ...], index: int, default: int) -> int:
-    """Return one parameter; absent or 0 means `default`."""
-    return (parameters[index] if index < len(parameters) else 0) or default
-
-
 class SavedCursor:
     """What DECSC saves."""
 
@@ -2578,7 +2573,7 @@ class Emulator:
     def decstbm(self, parameters: tuple[int, ...]) -> None:
         """Set the scrolling region and go home; one without at least two rows is ignored."""
         height = self.framebuffer.height
-        top, bottom = (parameters[0] or 1), _parameter(parameters, 1, height)
+        top, bottom = parameters[0] or 1, (parameters[1] if len(parameters) > 1 else 0) or height
         if bottom <= top or top > height:
             return
         self.region_top, self.region_bottom = top - 1, min(bottom, height) - 1
@@ -5141,7 +5136,6 @@ class ClientOptions:
         self.mode = PredictionMode.ADAPTIVE
         self.overwrite = False
         self.init = True  # switch to the alternate screen
-        self.verbose = 0
 
 
 class Candidate:
