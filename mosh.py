@@ -49,6 +49,7 @@ import zlib
 from collections import deque, namedtuple
 from enum import Enum, auto
 from functools import lru_cache
+from itertools import accumulate
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -1178,20 +1179,24 @@ class Transport(Generic[Local, Remote]):
 INVALID_CHAR = "\ufffd"
 
 # Where `mbrtowc` and Python's decoder part: overlong forms, surrogates, and leads beyond U+10FFFF.
-_ODD_FORM = re.compile(rb"\xe0[\x80-\x9f]|\xed[\xa0-\xbf]|\xf0[\x80-\x8f]|\xf4[\x90-\xbf]|[\xf5-\xfd]")
+_ODD_FORM = re.compile(
+    rb"\xe0[\x80-\x9f]|\xed[\xa0-\xbf]|\xf0[\x80-\x8f]|\xf4[\x90-\xbf]|[\xf5-\xfd](?:[\x80-\xbf]|\Z)"
+)
 _CUT_OFF = re.compile(rb"(?:[\xc2-\xdf]|[\xe0-\xef][\x80-\xbf]?|[\xf0-\xf4][\x80-\xbf]{0,2})\Z")  # more must follow
 # (first lead byte, length, smallest code point that needs it). The lengths 5 and 6 of old UTF-8 are still recognized.
 _UTF8_LEADS = (
     *((0x00, 1, 0), (0x80, 0, 0), (0xC2, 2, 0), (0xE0, 3, 0x800)),
     *((0xF0, 4, 0x10000), (0xF8, 5, 0x200000), (0xFC, 6, 0x4000000), (0xFE, 0, 0)),
 )
+_FIRST_LEADS = [row[0] for row in _UTF8_LEADS]
+_CONTINUATION = bytes(range(0x80, 0xC0))
 
 
 def _decode_one(pending: bytes) -> str | None:
     """Return the one character in `pending`, "" if it is malformed, None if more bytes are needed: as `mbrtowc`."""
     lead = pending[0]
-    _first, length, smallest = _UTF8_LEADS[bisect.bisect([row[0] for row in _UTF8_LEADS], lead) - 1]
-    if length == 0 or any(not 0x80 <= byte <= 0xBF for byte in pending[1:]):
+    _first, length, smallest = _UTF8_LEADS[bisect.bisect(_FIRST_LEADS, lead) - 1]
+    if length == 0 or pending[1:].strip(_CONTINUATION):
         return ""
     if len(pending) < length:
         return None
@@ -1338,8 +1343,15 @@ def is_width_doubtful(char: str) -> bool:
 # Characters of width 1 that make up nearly all text: ASCII, Latin, Cyrillic, box drawing and blocks. Text beyond these
 # is only slower. NUL stands for an empty cell.
 _NARROW = " -~\xa0-\u02ff\u0400-\u0482\u048a-\u052f\u2500-\u25fc\ufffd"
+_WIDE = "\u3041-\u3096\u30a1-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7a3\uff01-\uff60"
 NARROW_RUN = re.compile(f"[{_NARROW}]+")
-WIDE_RUN = re.compile("[\u3041-\u3096\u30a1-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7a3\uff01-\uff60]+")
+WIDE_RUN = re.compile(f"[{_WIDE}]+")
+# Marks that combine, of width 0: Latin, Hebrew, Arabic, Devanagari, Thai, joiners. Texts with others are only slower.
+MARKS = (
+    "\u0300-\u036f\u0591-\u05bd\u064b-\u065f\u0901\u0902\u093c\u0941-\u0948\u094d"
+    "\u0e31\u0e34-\u0e3a\u0e47-\u0e4e\u200d\ufe0e\ufe0f"
+)
+CLUSTER = re.compile(f".[{MARKS}]*", re.DOTALL)  # a character with the marks behind it
 NARROW_CELLS = re.compile(f"[\0{_NARROW}]*")
 
 
@@ -1368,6 +1380,7 @@ _NARROW_CLUSTERS, _WIDE_CLUSTERS = 0x100000, 0x108000  # code points for cluster
 _CLUSTER_CODES = 0x7FF0  # per half
 _RENDITION_CODES = 0x7FFF0
 _WRAP_BIT = 0x80000  # added to the rendition code of a row's last cell: the line goes on in the next row
+_REMEMBERED_CLUSTERS = 4_096
 _SWEEP_FROM = 4_096  # entries of a table before unused ones are looked for
 assert _RENDITION_CODES <= _WRAP_BIT
 
@@ -1455,8 +1468,9 @@ class Codebook:
             True: _CodeTable(_WIDE_CLUSTERS, _CLUSTER_CODES),
         }
         self._holders: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
-        self._erased: dict[str, str] = {}
-        self.selected: dict[tuple[str, str], str] = {}  # (pen, SGR parameters) to pen: programs repeat a few
+        self.erased: dict[str, str] = {}  # pen to code of an erased cell
+        self._cells: dict[str, str] = {}  # what clusters become: texts repeat a few
+        self.selected: dict[tuple[str, str], str] = {}  # (pen, SGR) to pen: programs repeat a few
         self.rendition_code(Rendition())
 
     def register(self, holder: Any) -> None:
@@ -1475,7 +1489,8 @@ class Codebook:
         used |= {without_wrap(code) for code in used}
         for table in tables:
             table.sweep(used)
-        self._erased.clear()
+        self.erased.clear()
+        self._cells.clear()
         self.selected.clear()
 
     # -- renditions
@@ -1491,10 +1506,10 @@ class Codebook:
 
     def erased_code(self, pen: str) -> str:
         """Return the code of an erased cell under `pen`: its background and nothing else (back colour erase)."""
-        code = self._erased.get(pen)
+        code = self.erased.get(pen)
         if code is None:
             code = self.rendition_code(Rendition(background=self.rendition(pen).background))
-            self._erased[pen] = code
+            self.erased[pen] = code
         return code
 
     # -- clusters
@@ -1508,6 +1523,30 @@ class Codebook:
                 return contents
         table, value = self._clusters[wide], (contents, wide, fallback)
         return table.code(value) or table.add(value) or INVALID_CHAR
+
+    def marked(self, code: str, mark: str) -> str:
+        """Return the code point of a cell with one more combining mark, or the same if the cell is full."""
+        contents = self.contents(code)
+        if len(contents.encode("utf-8", "replace")) >= CLUSTER_LIMIT_BYTES:
+            return code
+        return self.cell_code(contents + mark, self.is_wide(code), code == NUL or self.is_fallback(code))
+
+    def cells(self, cluster: str) -> str:
+        """Return the cells that a character and its combining marks take, empty if it is none that takes any."""
+        cells = self._cells.get(cluster)
+        if cells is None:
+            width = char_width(cluster[0])
+            code = cluster[0] if width > 0 else ""
+            if code:
+                code = self.cell_code(code, width == 2, fallback=False)
+                for mark in cluster[1:]:
+                    code = self.marked(code, mark)
+            cells = code + NUL if width == 2 else code
+            if len(self._cells) >= _REMEMBERED_CLUSTERS:
+                self._cells.clear()
+            if len(cluster) <= CLUSTER_LIMIT_BYTES:
+                self._cells[cluster] = cells
+        return cells
 
     def contents(self, code: str) -> str:
         """Return what a cell shows: empty, or a character and its combining marks."""
@@ -1669,7 +1708,8 @@ class Framebuffer:
     @property
     def erase_code(self) -> str:
         """The rendition code that erased cells get under the present pen."""
-        return self.codebook.erased_code(self.pen)
+        book = self.codebook
+        return book.erased.get(self.pen) or book.erased_code(self.pen)
 
     def code_at(self, row: int, col: int) -> tuple[str, str]:
         """Return the code points of one cell: text and attrs."""
@@ -1755,17 +1795,27 @@ class Framebuffer:
 # It works on characters, after UTF-8. Three things set it apart: C1 controls exist only as U+0080 to U+009F, never as
 # raw bytes; a character from U+00A0 up counts as a letter, so it ends a sequence; and no device control string (DCS,
 # SOS, PM, APC) has any effect.
+#
+# The parser cuts its input into text and control functions, each function written in one way only, so that what it
+# does can be looked up by the whole of it:
+#
+#   a C0 or C1 control, or DEL         "\a"              CR LF counts as one
+#   ESC intermediates final            "\x1b#8"
+#   ESC [ parameters final             "\x1b[?25h"       several SGR (final m) in a row count as one
+#   ESC ] command BEL                  "\x1b]0;title\a"
+#
+# Nearly all input has that form already: one regular expression splits it, at a third of the cost of a match for each
+# piece. Only what is cut off, malformed or written in another way goes through the state table.
 
 PARAMETER_LIMIT = 100  # characters of parameter text, the rest is dropped
 COLLECT_LIMIT = 8  # private markers, intermediates and the final character together
 OSC_LIMIT = 16_384  # characters of an operating system command
-UNKNOWN = ""  # the key of a function that cannot be one: too long, or its final beyond U+00FF
 
 
 class ParserState(Enum):
     """What the next character will be taken for."""
 
-    GROUND = auto()  # text
+    GROUND = auto()  # text or a control
     ESCAPE = auto()  # after ESC
     ESCAPE_INTERMEDIATE = auto()  # ESC and 20 to 2F
     CSI_ENTRY = auto()  # after ESC [
@@ -1774,25 +1824,6 @@ class ParserState(Enum):
     CSI_IGNORE = auto()  # malformed: nothing happens at its end
     OSC = auto()  # after ESC ]: text up to BEL or ST
     SWALLOW = auto()  # DCS, SOS, PM, APC up to ST
-
-
-class ParserSink(Protocol):
-    """Who takes the actions. `key` is the intermediates and the final character, e.g. "A", "?h" or "#8"."""
-
-    def print(self, text: str) -> None:
-        """Show characters, none of them a control."""
-
-    def execute(self, char: str) -> None:
-        """Perform a C0 or C1 control."""
-
-    def esc_dispatch(self, key: str) -> None:
-        """Perform an escape sequence."""
-
-    def csi_dispatch(self, key: str, parameters: str) -> None:
-        """Perform a control sequence."""
-
-    def osc_dispatch(self, text: str) -> None:
-        """Perform an operating system command."""
 
 
 _S = ParserState
@@ -1814,6 +1845,7 @@ _ENDS_ESCAPE: dict[str, Step] = dict.fromkeys(("parameter", "colon", "private", 
 _ENDS_CSI: dict[str, Step] = {"final": ("csi", _S.GROUND)}
 _SPOILS_CSI: dict[str, Step] = dict.fromkeys(("parameter", "colon", "private"), ("", _S.CSI_IGNORE))
 _TABLE: dict[ParserState, dict[str, Step]] = {  # columns not listed are dropped; later entries of a row win
+    _S.GROUND: {**_C0_RUNS, "delete": ("execute", None)},
     _S.ESCAPE: {**_C0_RUNS, "intermediate": ("collect", _S.ESCAPE_INTERMEDIATE), **_ENDS_ESCAPE},
     _S.ESCAPE_INTERMEDIATE: {**_C0_RUNS, "intermediate": ("collect", None), **_ENDS_ESCAPE},
     _S.CSI_ENTRY: {
@@ -1854,19 +1886,19 @@ _ANYWHERE: dict[int, Step] = {  # in every state, before the state's own row
 _NO_STEP: Step = ("", None)
 _LETTER = ord("A")  # what characters from U+00A0 up count as
 
-# In the ground state, whole runs and whole well-formed sequences are recognized at once. The number of the last group
-# that matched says what it was; anything else is for the state machine.
-_GROUND_TOKEN = re.compile(
-    r"([^\x00-\x1f\x80-\x9f]+)|([\x00-\x17\x19\x1c-\x1f])"
-    r"|\x1b\[([0-9;]{0,100})([@-~])|\x1b\[([<-?])([0-9;]{0,100})([@-~])|.",
-    re.DOTALL,
+_CONTROL_CHARACTERS = "\x00-\x1f\x7f-\x9f"
+_FUNCTION = re.compile(  # it starts with a set of characters, which is searched for much faster than alternatives
+    rf"([{_CONTROL_CHARACTERS}]"
+    r"(?:(?<=\x1b)(?:\[(?:[0-9;]*(?:m(?:\x1b\[[0-9;]*m)*|[@-ln-~])|[<-?][0-9;]*[@-~])|[0-OQ-WYZ\\`-~]|[ -/]+[0-~])"
+    r"|(?<=\r)\n)?)"
 )
-_TEXT, _CONTROL, _CSI, _PRIVATE_CSI = 1, 2, 4, 7
-_STRING_RUN = re.compile(r"[^\x00-\x1f\x80-\x9f]+")  # what an OSC or a swallowed string takes without looking
+_LONG_TEXT = 4_096  # from here on it is worth looking first, ten times as fast, whether there is any function at all
+_C0_BYTES = bytes(range(0x20)) + b"\x7f"
+_OPENERS = {chr(code) for code, (action, _state) in _ANYWHERE.items() if not action}  # they leave the ground state
 
 
 class Parser:
-    """Turns characters into actions, keeping its place between feeds."""
+    """Cuts characters into text and control functions, keeping its place between feeds."""
 
     def __init__(self) -> None:
         self.state = ParserState.GROUND
@@ -1885,52 +1917,51 @@ class Parser:
         """Whether a sequence has begun and not ended."""
         return self.state is not ParserState.GROUND
 
-    def feed(self, text: str, sink: ParserSink) -> None:
-        """Parse `text` and call `sink` for every action, in order."""
+    def parse(self, text: str) -> list[str]:
+        """Return what `text` completes: text and control functions in turn, any of them empty, an even number."""
+        if len(text) >= _LONG_TEXT and text.isascii() and len(text.encode().translate(None, _C0_BYTES)) == len(text):
+            pieces = [text, ""]
+        else:
+            pieces = _FUNCTION.split(text)
+            pieces.append("")
+        if self.state is ParserState.GROUND and _OPENERS.isdisjoint(pieces[1::2]):
+            return pieces
+        out: list[str] = []
         at = 0
-        while at < len(text):
+        while at < len(pieces):
             if self.state is ParserState.GROUND:
-                at = self._in_ground(text, at, sink)
-            else:
-                at = self._inside_sequence(text, at, sink)
+                opener = next((n for n in range(at | 1, len(pieces), 2) if pieces[n] in _OPENERS), len(pieces))
+                if len(out) % 2 != at % 2:
+                    out.append("")
+                out += pieces[at:opener]
+                at = opener
+            if at < len(pieces):
+                self._walk(pieces[at], at % 2 == 0, out)
+                at += 1
+        if len(out) % 2:
+            out.append("")
+        return out
 
-    def _in_ground(self, text: str, at: int, sink: ParserSink) -> int:
-        """Take text, controls and complete sequences; return the offset where something else has to go on."""
-        for match in _GROUND_TOKEN.finditer(text, at):
-            kind = match.lastindex
-            if kind == _TEXT:
-                sink.print(match[0])
-            elif kind == _CONTROL:
-                sink.execute(match[0])
-            elif kind == _CSI:
-                sink.csi_dispatch(match[4], match[3])
-            elif kind == _PRIVATE_CSI:
-                sink.csi_dispatch(match[5] + match[7], match[6])
-            else:
-                self._step(match[0], sink)
-                if self.state is not ParserState.GROUND:
-                    return match.end()
-        return len(text)
+    def _walk(self, piece: str, is_text: bool, out: list[str]) -> None:
+        """Take text or a function that is not, or may not be, what it looks like."""
+        if is_text and self.state in (ParserState.OSC, ParserState.SWALLOW):
+            self._put(piece)
+            return
+        for at, char in enumerate(piece):
+            if is_text and self.state is ParserState.GROUND:
+                _append(out, piece[at:], is_text)
+                return
+            self._step(char, out)
 
-    def _inside_sequence(self, text: str, at: int, sink: ParserSink) -> int:
-        """Take a character of a sequence, or a run of them inside a string; return the offset behind."""
-        match = _STRING_RUN.match(text, at) if self.state in (ParserState.OSC, ParserState.SWALLOW) else None
-        if match is None:
-            self._step(text[at], sink)
-            return at + 1
-        if self.state is ParserState.OSC:
-            self._put(match.group())
-        return match.end()
-
-    def _step(self, char: str, sink: ParserSink) -> None:
+    def _step(self, char: str, out: list[str]) -> None:
         """Take one character through the state table."""
         code = ord(char)
         row = _STEPS.get(self.state, {})
         action, state = _ANYWHERE.get(code) or row.get(code if code < 0xA0 else _LETTER, _NO_STEP)
         if state is not None and self.state is ParserState.OSC:
-            sink.osc_dispatch(self._osc)  # leaving by any route ends the command
+            _append(out, f"\x1b]{self._osc}\a")  # leaving by any route ends the command
         if action:
-            self._act(action, char, sink)
+            self._act(action, char, out)
         if state is not None:
             self.state = state
             if state in (ParserState.ESCAPE, ParserState.CSI_ENTRY):
@@ -1938,28 +1969,31 @@ class Parser:
             elif state is ParserState.OSC:
                 self._osc = ""
 
-    def _act(self, action: str, char: str, sink: ParserSink) -> None:
+    def _act(self, action: str, char: str, out: list[str]) -> None:
         if action == "execute":
-            sink.execute(char)
+            _append(out, char)
         elif action == "collect":
-            if len(self._collected) < COLLECT_LIMIT:
-                self._collected += char
+            self._collected += char[: COLLECT_LIMIT - len(self._collected)]
         elif action == "param":
-            if len(self._parameters) < PARAMETER_LIMIT:
-                self._parameters += char
+            self._parameters += char[: PARAMETER_LIMIT - len(self._parameters)]
         elif action == "put":
             self._put(char)
         elif action == "esc":
-            sink.esc_dispatch(self._key(char))
+            _append(out, f"\x1b{self._collected}{char}")
         elif action == "csi":
-            sink.csi_dispatch(self._key(char), self._parameters)
+            private = self._collected[:1] if "<" <= self._collected[:1] <= "?" else ""
+            _append(out, f"\x1b[{private}{self._parameters}{self._collected[len(private) :]}{char}")
 
     def _put(self, text: str) -> None:
-        self._osc += text[: OSC_LIMIT - len(self._osc)]
+        if self.state is ParserState.OSC:
+            self._osc += text[: OSC_LIMIT - len(self._osc)]
 
-    def _key(self, final: str) -> str:
-        fits = len(self._collected) < COLLECT_LIMIT and final <= "\xff"
-        return self._collected + final if fits else UNKNOWN
+
+def _append(out: list[str], piece: str, is_text: bool = False) -> None:
+    """Append text or a function to a list in which they take turns, text first."""
+    if is_text == bool(len(out) % 2):
+        out.append("")
+    out.append(piece)
 
 
 # ======================================================================================================================
@@ -1978,7 +2012,9 @@ class Parser:
 TITLE_LIMIT = 256  # characters of an OSC title, its number included
 _CLIPBOARD = "52;c;"
 
-_KEEPS_WRAP_PENDING = {"I", "Z", "g", "m", "?h", "?l"}
+_NEVER_FITS = 1 << 20  # what counts as the width of a character that cannot start a cell
+
+_KEEPS_WRAP_PENDING = {"\t", "I", "Z", "g", "?h", "?l"}
 
 # Skip-ahead. A flood scrolls by faster than frames are sent, so most of it is never seen. As long as nothing but text,
 # line ends and sequences that stay within their row come in, only the lines after the (height + 1)th from the end can
@@ -1990,17 +2026,34 @@ _LEAVES_ROW = re.compile(
     rb"|\x1b(?!\[[0-9;]{0,99}[mKXPCDG@]|[=>]|\([0B])"  # all sequences but SGR EL ECH DCH CUF CUB CHA ICH, and no-ops
 )
 _LEAVE_ROW = (b"\x0b", b"\x0c", b"\xc2", b"\x1b")  # what these begin with: looking for a byte is faster still
-_SGR = re.compile(rb"\x1b\[([0-9;]{0,99})m")
-_SELECTED_LIMIT = 4_096  # remembered effects of SGR
+_SGR = re.compile(rb"\x1b\[[0-9;]{0,99}m")
+
+_REMEMBERED_LIMIT = 4_096  # remembered control functions, and as many effects of SGR
+_REMEMBERED_CHARACTERS = 64  # longer ones are not remembered
+_RGB_SGR = "8;2;"  # nor are those with such colours: too many, and none repeats
+
+_USUAL_NUMBERS = {"": 0, **{str(n): n for n in range(256)}}  # looked up in half the time of int()
+
+if TYPE_CHECKING:
+    Parameters = tuple[int, ...]
+    _Selected = tuple[int, Union[int, None], Union[int, None]]  # what a Rendition is made of
+    Operation = tuple[Callable[["Emulator", Any], None], Any, bool]  # method, parameters, whether wrap pending ends
 
 
-def parse_parameters(text: str) -> tuple[int, ...]:
+def parse_parameters(text: str) -> Parameters:
     """Return the numbers of a control sequence; 0 for one that is absent or beyond 65535. There is always one."""
-    numbers = [int(word) if word else 0 for word in text.split(";")]
-    return tuple(numbers if max(numbers) <= 65535 else [number if number <= 65535 else 0 for number in numbers])
+    words = text[:PARAMETER_LIMIT].split(";")
+    try:
+        return tuple(map(_USUAL_NUMBERS.__getitem__, words))
+    except KeyError:
+        numbers = (int(word or 0) for word in words)
+        return tuple(number if number <= 65535 else 0 for number in numbers)
 
 
-_remembered_parameters = lru_cache(maxsize=4096)(parse_parameters)
+def _place_to_cut(data: bytes, start: int) -> int:
+    """Return where a sequence begins soon after `start`, or else where one has probably ended."""
+    end = data.find(b"\x1b", start, start + _SHORT_BYTES)
+    return end if end >= 0 else min(start + _SHORT_BYTES, len(data))
 
 
 class SavedCursor:
@@ -2029,6 +2082,7 @@ class Emulator:
         self.framebuffer = Framebuffer(width, height, codebook or Codebook())
         self._decoder = Utf8Decoder()
         self._parser = Parser()
+        self._operations: dict[str, Operation] = {}  # what control functions do; shared by copies
         self._replies = b""
         self._run_text = self._run_attrs = ""  # printed at (run_row, run_col), not yet in the framebuffer
         self._run_row = self._run_col = 0
@@ -2063,23 +2117,40 @@ class Emulator:
         may_leave_row = any(byte in data for byte in _LEAVE_ROW)
         at = 0
         while len(data) - at >= _SKIP_FROM_BYTES:
-            if self._parser.is_busy:  # let a sequence that has begun come to its end, without cutting the next one
-                end = data.find(b"\x1b", at, at + _SHORT_BYTES)
-                end = at + _SHORT_BYTES if end <= at else end
+            if self._parser.is_busy:  # let a sequence that has begun come to its end
+                end = _place_to_cut(data, at + 1)
             else:
                 match = _LEAVES_ROW.search(data, at) if may_leave_row else None
                 end = match.start() + 1 if match else len(data)
                 if end - at >= _SKIP_FROM_BYTES:
                     at = self._skip_unseen(data, at, end)
                 else:
-                    end = at + _SKIP_FROM_BYTES
+                    end = _place_to_cut(data, at + _SKIP_FROM_BYTES)
             self._take(data[at:end])
             at = end
         self._take(data[at:])
 
     def _take(self, data: bytes) -> None:
-        self._parser.feed(self._decoder.decode(data), self)
+        pieces = iter(self._parser.parse(self._decoder.decode(data)))
+        for text, function in zip(pieces, pieces):
+            if text:
+                self._print(text)
+            if function:
+                perform, parameters, ends_wrap = self._operations.get(function) or self._look_up(function)
+                if ends_wrap:
+                    self._flush_run()
+                    self.wrap_pending = False
+                perform(self, parameters)
         self._flush_run()
+
+    def _look_up(self, function: str) -> Operation:
+        """Return what a control function does, and remember it unless it is long or one of a million colours."""
+        operation = _operation(function)
+        if len(function) <= _REMEMBERED_CHARACTERS and _RGB_SGR not in function:
+            if len(self._operations) >= _REMEMBERED_LIMIT:
+                self._operations.clear()
+            self._operations[function] = operation
+        return operation
 
     def _skip_unseen(self, data: bytes, start: int, end: int) -> int:
         """Take over what outlives the lines of data[start:end] that scroll away; return where the others begin."""
@@ -2093,11 +2164,15 @@ class Emulator:
             if cut < 0:
                 return start
         cut += len(b"\r\n")
-        if data.count(b"\n", start, cut) < size:
-            return start  # the cursor may not have reached the bottom
-        reset = max(data.rfind(b"\x1b[0m", start, cut), data.rfind(b"\x1b[m", start, cut), start)
-        for match in _SGR.finditer(data, reset, cut):
-            self.sgr(match[1].decode("ascii"))
+        line = start
+        for _ in range(size):
+            line = data.find(b"\n", line, cut) + 1
+            if not line:
+                return start  # the cursor may not have reached the bottom
+        if data.find(b"\x1b", start, cut) >= 0:
+            reset = max(data.rfind(b"\x1b[0m", start, cut), data.rfind(b"\x1b[m", start, cut), start)
+            for match in _SGR.finditer(data, reset, cut):
+                self.sgr(match[0].decode("ascii"))
         framebuffer.bell_count += data.count(b"\x07", start, cut)
         self._decoder = Utf8Decoder()
         self._go(self.region_bottom, 0)
@@ -2122,77 +2197,16 @@ class Emulator:
         if self.combining_row >= height or self.combining_col >= width:
             self.combining_row = -1  # nowhere
 
-    # -- actions of the parser
-
-    def print(self, text: str) -> None:
-        """See ParserSink."""
-        at = 0
-        while at < len(text):
-            match = NARROW_RUN.match(text, at)
-            if match:
-                self._print_narrow(match[0])
-                at = match.end()
-                continue
-            match = WIDE_RUN.match(text, at)
-            if match:
-                self._print_wide(match[0])
-                at = match.end()
-                continue
-            width = char_width(text[at])
-            if width > 0:
-                self._print_one(text[at], width)
-            elif width == 0:
-                self._combine(text[at])
-            at += 1
-
-    def execute(self, char: str) -> None:
-        """See ParserSink."""
-        self._flush_run()
-        if char != "\t":
-            self.wrap_pending = False
-        handler = _CONTROLS.get(char)
-        if handler:
-            handler(self)
-
-    def esc_dispatch(self, key: str) -> None:
-        """See ParserSink."""
-        if len(key) == 1 and "@" <= key <= "_":
-            self.execute(chr(ord(key) + 0x40))  # ESC and a letter is another way to write a C1 control
-            return
-        self._flush_run()
-        self.wrap_pending = False
-        handler = _ESCAPES.get(key)
-        if handler:
-            handler(self)
-
-    def csi_dispatch(self, key: str, parameters: str) -> None:
-        """See ParserSink."""
-        if key == "m":
-            self.sgr(parameters)
-            return
-        self._flush_run()
-        if key not in _KEEPS_WRAP_PENDING:
-            self.wrap_pending = False
-        handler = _CONTROL_SEQUENCES.get(key)
-        if handler:
-            handler(self, _remembered_parameters(parameters))
-
-    def osc_dispatch(self, text: str) -> None:
-        """Set icon name, window title or clipboard. Source: xterm's control sequences, OSC 0, 1, 2 and 52."""
-        framebuffer = self.framebuffer
-        if text.startswith(_CLIPBOARD):
-            framebuffer.clipboard = text[len(_CLIPBOARD) :]
-            return
-        kind, separator, title = text[:TITLE_LIMIT].partition(";")
-        if not separator or kind not in ("", "0", "1", "2"):
-            return
-        framebuffer.title_was_set = True
-        if kind != "2":
-            framebuffer.icon_name = title
-        if kind != "1":
-            framebuffer.window_title = title
-
     # -- printing
+
+    def _print(self, text: str) -> None:
+        """Print characters, none of them a control."""
+        if text.isascii() or NARROW_RUN.fullmatch(text):
+            self._print_narrow(text)
+        elif WIDE_RUN.fullmatch(text):
+            self._print_wide(text)
+        else:
+            self._print_clusters(text)
 
     def _print_narrow(self, run: str) -> None:
         """Print characters of width 1."""
@@ -2201,25 +2215,25 @@ class Emulator:
         if self._extend_run(run, framebuffer.pen * len(run), 1):
             return
         self._flush_run()
-        at = 0
-        while at < len(run):
+        top, bottom = self._limits()
+        if not top <= framebuffer.cursor_row <= bottom:
+            self._print_one(run[0], 1)  # which, in origin mode, pulls the cursor back in
+            run = run[1:]
+        while run:
             if self.wrap_pending and self.autowrap:
                 self._wrap()
-                at += self._rows_unseen(len(run) - at) * width
+                run = run[self._rows_unseen(len(run)) * width :]
             row, col = framebuffer.cursor_row, framebuffer.cursor_col
-            room = width - col
-            piece = run[at : at + room]
-            within_margins = self._limits()[0] <= row <= self._limits()[1]
-            if not within_margins:
-                piece = run[at]  # in origin mode the first character pulls the cursor back in
-            at += len(piece)
-            if not self.autowrap and within_margins and len(piece) == room:
-                piece, at = piece[:-1] + run[-1], len(run)  # the rest overwrites the last column, one after another
+            piece, run = run[: width - col], run[width - col :]
+            if run and not self.autowrap:
+                piece, run = piece[:-1] + run[-1], ""  # the rest overwrites the last column, one after another
             if self.insert_mode:
                 framebuffer.rows[row] = framebuffer.rows[row].inserted(col, len(piece), width, framebuffer.erase_code)
             framebuffer.set_code(row, col, piece, framebuffer.pen * len(piece))
-            framebuffer.cursor_col = col + len(piece) - 1
-            self._advance(1)
+            end = col + len(piece)
+            self.combining_row, self.combining_col = row, end - 1
+            self.wrap_pending = end >= width
+            framebuffer.cursor_col = min(end, width - 1)
 
     def _extend_run(self, text: str, attrs: str, last: int) -> bool:
         """Add cells at the cursor to the run being printed, `last` columns of them the last character.
@@ -2241,7 +2255,8 @@ class Emulator:
     def _flush_run(self) -> None:
         """Put what was printed since the cursor last moved into its row: much of a screen is made of short runs."""
         if self._run_text:
-            self.framebuffer.set_code(self._run_row, self._run_col, self._run_text, self._run_attrs)
+            rows, row = self.framebuffer.rows, self._run_row
+            rows[row] = rows[row].with_cells(self._run_col, self._run_text, self._run_attrs)
             self._run_text = self._run_attrs = ""
 
     def _rows_unseen(self, count: int) -> int:
@@ -2252,17 +2267,38 @@ class Emulator:
         return max(0, count // framebuffer.width - (self.region_bottom + 1 - self.region_top))
 
     def _print_wide(self, run: str) -> None:
-        """Print characters of width 2: as many at once as surely fit, then one by one at the edge."""
+        """Print characters of width 2."""
         framebuffer = self.framebuffer
+        attrs = (framebuffer.pen + framebuffer.erase_code) * len(run)
+        if not self._extend_run(NUL.join(run) + NUL, attrs, 2):
+            self._print_clusters(run)
+
+    def _print_clusters(self, text: str) -> None:
+        """Print any characters with the marks behind them: as many at once as surely fit, one by one at the edge."""
+        framebuffer = self.framebuffer
+        clusters = CLUSTER.findall(text)
+        cells = list(map(framebuffer.codebook.cells, clusters))
+        both_attrs = framebuffer.pen + framebuffer.erase_code
+        ends = [0, *accumulate(len(each) or _NEVER_FITS for each in cells)]
         at = 0
-        while at < len(run):
-            piece = run[at : at + (framebuffer.width - 1 - framebuffer.cursor_col) // 2]
-            attrs = (framebuffer.pen + framebuffer.erase_code) * len(piece)
-            if piece and self._extend_run(NUL.join(piece) + NUL, attrs, 2):
-                at += len(piece)
+        while at < len(cells):
+            room = framebuffer.width - 1 - framebuffer.cursor_col
+            end = bisect.bisect(ends, ends[at] + room) - 1
+            piece = cells[at:end]
+            attrs = "".join([both_attrs[: len(each)] for each in piece])
+            if piece and self._extend_run("".join(piece), attrs, len(piece[-1])):
+                at = end
             else:
-                self._print_one(run[at], 2)
+                self._print_slowly(clusters[at])
                 at += 1
+
+    def _print_slowly(self, cluster: str) -> None:
+        for char in cluster:
+            width = char_width(char)
+            if width > 0:
+                self._print_one(char, width)
+            elif width == 0:
+                self._combine(char)
 
     def _print_one(self, char: str, width: int) -> None:
         """Print a character of width 1 or 2."""
@@ -2293,31 +2329,21 @@ class Emulator:
             return
         if row == self._run_row and 0 <= col - self._run_col < len(self._run_text):
             at = col - self._run_col
-            code = self._with_mark(self._run_text[at], mark)
+            code = framebuffer.codebook.marked(self._run_text[at], mark)
             self._run_text = self._run_text[:at] + code + self._run_text[at + 1 :]
             return
         self._flush_run()
         text, attr = framebuffer.code_at(row, col)
         if text == NUL:
             self._advance(1)  # a mark on an empty cell stands for itself
-        framebuffer.set_code(row, col, self._with_mark(text, mark), attr)
-
-    def _with_mark(self, text: str, mark: str) -> str:
-        """Return the code of a cell with one more combining mark, or the same if it is full."""
-        book = self.framebuffer.codebook
-        contents = book.contents(text)
-        if len(contents.encode("utf-8", "replace")) >= CLUSTER_LIMIT_BYTES:
-            return text
-        fallback = text == NUL or book.is_fallback(text)
-        return book.cell_code(contents + mark, book.is_wide(text), fallback)
+        framebuffer.set_code(row, col, framebuffer.codebook.marked(text, mark), attr)
 
     def _wrap(self) -> None:
         framebuffer = self.framebuffer
         row, last = framebuffer.cursor_row, framebuffer.width - 1
         text, attr = framebuffer.code_at(row, last)
         framebuffer.set_code(row, last, text, with_wrap(attr))
-        self._go(col=0)
-        self._step_rows(1)
+        self.cr_lf()
 
     # -- moving
 
@@ -2325,41 +2351,33 @@ class Emulator:
         """The rows that the cursor can be moved to."""
         return (self.region_top, self.region_bottom) if self.origin_mode else (0, self.framebuffer.height - 1)
 
-    def _snap(self) -> None:
-        """Bring the cursor back onto the part of the screen it may be on."""
-        framebuffer = self.framebuffer
-        top, bottom = self._limits()
-        if framebuffer.cursor_row < top:
-            framebuffer.cursor_row = top
-        elif framebuffer.cursor_row > bottom:
-            framebuffer.cursor_row = bottom
-        if framebuffer.cursor_col < 0:
-            framebuffer.cursor_col = 0
-        elif framebuffer.cursor_col >= framebuffer.width:
-            framebuffer.cursor_col = framebuffer.width - 1
-
     def _advance(self, width: int) -> None:
         """Move on after printing at the cursor."""
         framebuffer = self.framebuffer
-        self.combining_row, self.combining_col = framebuffer.cursor_row, framebuffer.cursor_col
-        framebuffer.cursor_col += width
-        self.wrap_pending = framebuffer.cursor_col >= framebuffer.width
-        self._snap()
+        row, col = framebuffer.cursor_row, framebuffer.cursor_col
+        self._go(row, col + width)
+        self.combining_row, self.combining_col = row, col
+        self.wrap_pending = col + width >= framebuffer.width
 
-    def _go(self, row: int | None = None, col: int | None = None) -> None:
-        """Move to a row and a column of the screen, clamped; None stays."""
+    def _go(self, row: int, col: int) -> None:
+        """Move to a row and a column of the screen, or as near as the cursor may go."""
         framebuffer = self.framebuffer
-        if row is not None:
-            framebuffer.cursor_row = row
-        if col is not None:
-            framebuffer.cursor_col = col
-        self._snap()
-        self.combining_row, self.combining_col = framebuffer.cursor_row, framebuffer.cursor_col
+        top, bottom = self._limits() if self.origin_mode else (0, framebuffer.height - 1)
+        row = top if row < top else bottom if row > bottom else row
+        col = 0 if col < 0 else framebuffer.width - 1 if col >= framebuffer.width else col
+        framebuffer.cursor_row = self.combining_row = row
+        framebuffer.cursor_col = self.combining_col = col
         self.wrap_pending = False
+
+    def _go_row(self, row: int) -> None:
+        self._go(row, self.framebuffer.cursor_col)
+
+    def _go_col(self, col: int) -> None:
+        self._go(self.framebuffer.cursor_row, col)
 
     def _go_addressed(self, row: int) -> None:
         """Move to a row counted from the margin that origin mode sets."""
-        self._go(row=self._limits()[0] + row)
+        self._go_row(self._limits()[0] + row)
 
     def _step_rows(self, count: int) -> None:
         """Move down (up if negative), scrolling at the margins of the scrolling region."""
@@ -2368,21 +2386,21 @@ class Emulator:
             over = max(0, row + count - bottom) or min(0, row + count - top)
             if over:
                 self.framebuffer.scroll_rows(top, bottom, over)
-                self._go(row=row - over)
-        self._go(row=self.framebuffer.cursor_row + count)
+                self._go_row(row - over)
+        self._go_row(self.framebuffer.cursor_row + count)
 
     # -- C0 and C1 controls
 
-    def bel(self) -> None:
+    def bel(self, _: Parameters = ()) -> None:
         self.framebuffer.bell_count += 1
 
-    def bs(self) -> None:
-        self._go(col=self.framebuffer.cursor_col - 1)
+    def bs(self, _: Parameters = ()) -> None:
+        self._go_col(self.framebuffer.cursor_col - 1)
 
-    def ht(self) -> None:
+    def ht(self, _: Parameters = ()) -> None:
         self.cht((1,))
 
-    def lf(self) -> None:
+    def lf(self, _: Parameters = ()) -> None:
         """Move down one row, scrolling at the bottom margin; the short form of _step_rows(1) where it may be had."""
         framebuffer = self.framebuffer
         if self.origin_mode:
@@ -2394,42 +2412,43 @@ class Emulator:
             framebuffer.cursor_row += 1
         self.combining_row, self.combining_col = framebuffer.cursor_row, framebuffer.cursor_col
 
-    def cr(self) -> None:
-        framebuffer = self.framebuffer
-        framebuffer.cursor_col = 0
-        self._snap()
-        self.combining_row, self.combining_col = framebuffer.cursor_row, 0
+    def cr(self, _: Parameters = ()) -> None:
+        self._go_col(0)
 
-    def nel(self) -> None:
-        self._go(col=0)
+    def cr_lf(self, _: Parameters = ()) -> None:
+        self._go_col(0)
+        self.lf()
+
+    def nel(self, _: Parameters = ()) -> None:
+        self._go_col(0)
         self._step_rows(1)
 
-    def hts(self) -> None:
+    def hts(self, _: Parameters = ()) -> None:
         self.tab_stops |= {self.framebuffer.cursor_col}
 
-    def ri(self) -> None:
+    def ri(self, _: Parameters = ()) -> None:
         self._step_rows(-1)
 
     # -- escape sequences
 
-    def decsc(self) -> None:
+    def decsc(self, _: Parameters = ()) -> None:
         framebuffer = self.framebuffer
         pen = framebuffer.codebook.rendition(framebuffer.pen)
         self.saved_cursor = SavedCursor(
             framebuffer.cursor_row, framebuffer.cursor_col, pen, self.autowrap, self.origin_mode
         )
 
-    def decrc(self) -> None:
+    def decrc(self, _: Parameters = ()) -> None:
         saved = self.saved_cursor
         self.framebuffer.pen = self.framebuffer.codebook.rendition_code(saved.pen)
         self.autowrap, self.origin_mode = saved.autowrap, saved.origin_mode
         self._go(saved.row, saved.col)
 
-    def ris(self) -> None:
+    def ris(self, _: Parameters = ()) -> None:
         self.framebuffer.reset()
         self._reset()
 
-    def decaln(self) -> None:
+    def decaln(self, _: Parameters = ()) -> None:
         framebuffer = self.framebuffer
         width = framebuffer.width
         row = Row("E" * width, framebuffer.erase_code * width, framebuffer.erase_code)
@@ -2437,49 +2456,49 @@ class Emulator:
 
     # -- control sequences: moving
 
-    def cuu(self, parameters: tuple[int, ...]) -> None:
-        self._go(row=self.framebuffer.cursor_row - (parameters[0] or 1))
+    def cuu(self, parameters: Parameters) -> None:
+        self._go_row(self.framebuffer.cursor_row - (parameters[0] or 1))
 
-    def cud(self, parameters: tuple[int, ...]) -> None:
-        self._go(row=self.framebuffer.cursor_row + (parameters[0] or 1))
+    def cud(self, parameters: Parameters) -> None:
+        self._go_row(self.framebuffer.cursor_row + (parameters[0] or 1))
 
-    def cuf(self, parameters: tuple[int, ...]) -> None:
-        self._go(col=self.framebuffer.cursor_col + (parameters[0] or 1))
+    def cuf(self, parameters: Parameters) -> None:
+        self._go_col(self.framebuffer.cursor_col + (parameters[0] or 1))
 
-    def cub(self, parameters: tuple[int, ...]) -> None:
-        self._go(col=self.framebuffer.cursor_col - (parameters[0] or 1))
+    def cub(self, parameters: Parameters) -> None:
+        self._go_col(self.framebuffer.cursor_col - (parameters[0] or 1))
 
-    def cup(self, parameters: tuple[int, ...]) -> None:
+    def cup(self, parameters: Parameters) -> None:
         col = (parameters[1] or 1) - 1 if len(parameters) > 1 else 0
         self._go((parameters[0] or 1) - 1 + (self.region_top if self.origin_mode else 0), col)
 
-    def vpa(self, parameters: tuple[int, ...]) -> None:
+    def vpa(self, parameters: Parameters) -> None:
         self._go_addressed((parameters[0] or 1) - 1)
 
-    def cha(self, parameters: tuple[int, ...]) -> None:
-        self._go(col=(parameters[0] or 1) - 1)
+    def cha(self, parameters: Parameters) -> None:
+        self._go_col((parameters[0] or 1) - 1)
 
-    def cht(self, parameters: tuple[int, ...]) -> None:
+    def cht(self, parameters: Parameters) -> None:
         self._tab(parameters[0] or 1)
 
-    def cbt(self, parameters: tuple[int, ...]) -> None:
+    def cbt(self, parameters: Parameters) -> None:
         self._tab(-(parameters[0] or 1))
 
     def _tab(self, count: int) -> None:
-        framebuffer = self.framebuffer
-        col = framebuffer.cursor_col
+        self._flush_run()
+        col, wrap_pending = self.framebuffer.cursor_col, self.wrap_pending
         if count > 0:
             stops = sorted(stop for stop in self.tab_stops if stop > col)
-            framebuffer.cursor_col = stops[count - 1] if count <= len(stops) else framebuffer.width - 1
+            col = stops[count - 1] if count <= len(stops) else self.framebuffer.width - 1
         else:
             stops = sorted((stop for stop in self.tab_stops if stop < col), reverse=True)
-            framebuffer.cursor_col = stops[-count - 1] if -count <= len(stops) else 0
-        self._snap()
-        self.combining_row, self.combining_col = framebuffer.cursor_row, framebuffer.cursor_col
+            col = stops[-count - 1] if -count <= len(stops) else 0
+        self._go_col(col)
+        self.wrap_pending = wrap_pending
 
     # -- control sequences: erasing, inserting, deleting, scrolling
 
-    def ed(self, parameters: tuple[int, ...]) -> None:
+    def ed(self, parameters: Parameters) -> None:
         """Erase from the cursor to the end of the screen (0), from its start to the cursor (1), or all of it (2)."""
         framebuffer = self.framebuffer
         row, kind = framebuffer.cursor_row, parameters[0]
@@ -2488,68 +2507,69 @@ class Emulator:
         if kind in (0, 1, 2):
             framebuffer.erase_rows(*((row + 1, framebuffer.height), (0, row), (0, framebuffer.height))[kind])
 
-    def el(self, parameters: tuple[int, ...]) -> None:
+    def el(self, parameters: Parameters) -> None:
         framebuffer = self.framebuffer
         col, kind = framebuffer.cursor_col, parameters[0]
         if kind in (0, 1, 2):
             start, end = ((col, framebuffer.width), (0, col + 1), (0, framebuffer.width))[kind]
             framebuffer.erase(framebuffer.cursor_row, start, end)
 
-    def ech(self, parameters: tuple[int, ...]) -> None:
+    def ech(self, parameters: Parameters) -> None:
         col = self.framebuffer.cursor_col
         self.framebuffer.erase(self.framebuffer.cursor_row, col, col + (parameters[0] or 1))
 
-    def ich(self, parameters: tuple[int, ...]) -> None:
+    def ich(self, parameters: Parameters) -> None:
         framebuffer = self.framebuffer
         row, col, count = framebuffer.cursor_row, framebuffer.cursor_col, (parameters[0] or 1)
         framebuffer.rows[row] = framebuffer.rows[row].inserted(col, count, framebuffer.width, framebuffer.erase_code)
 
-    def dch(self, parameters: tuple[int, ...]) -> None:
+    def dch(self, parameters: Parameters) -> None:
         framebuffer = self.framebuffer
         row, col, count = framebuffer.cursor_row, framebuffer.cursor_col, (parameters[0] or 1)
         framebuffer.rows[row] = framebuffer.rows[row].deleted(col, count, framebuffer.width, framebuffer.erase_code)
 
-    def il(self, parameters: tuple[int, ...]) -> None:
+    def il(self, parameters: Parameters) -> None:
         self._shift_rows(-(parameters[0] or 1))
 
-    def dl(self, parameters: tuple[int, ...]) -> None:
+    def dl(self, parameters: Parameters) -> None:
         self._shift_rows(parameters[0] or 1)
 
     def _shift_rows(self, count: int) -> None:
         row = self.framebuffer.cursor_row
         if self.region_top <= row <= self.region_bottom:
             self.framebuffer.scroll_rows(row, self.region_bottom, count)
-        self._go(col=0)
+        self._go_col(0)
 
-    def su(self, parameters: tuple[int, ...]) -> None:
+    def su(self, parameters: Parameters) -> None:
         self.framebuffer.scroll_rows(self.region_top, self.region_bottom, (parameters[0] or 1))
 
-    def sd(self, parameters: tuple[int, ...]) -> None:
+    def sd(self, parameters: Parameters) -> None:
         self.framebuffer.scroll_rows(self.region_top, self.region_bottom, -(parameters[0] or 1))
 
     # -- control sequences: modes, rendition, reports
 
-    def tbc(self, parameters: tuple[int, ...]) -> None:
+    def tbc(self, parameters: Parameters) -> None:
         if parameters[0] == 0:
             self.tab_stops -= {self.framebuffer.cursor_col}
         elif parameters[0] == 3:
             self.tab_stops, self.default_tabs = frozenset(), False
 
-    def sm(self, parameters: tuple[int, ...]) -> None:
+    def sm(self, parameters: Parameters) -> None:
         self.insert_mode = self.insert_mode or 4 in parameters
 
-    def rm(self, parameters: tuple[int, ...]) -> None:
+    def rm(self, parameters: Parameters) -> None:
         self.insert_mode = self.insert_mode and 4 not in parameters
 
-    def decset(self, parameters: tuple[int, ...]) -> None:
+    def decset(self, parameters: Parameters) -> None:
         for number in parameters:
             self._set_private_mode(number, True)
 
-    def decrst(self, parameters: tuple[int, ...]) -> None:
+    def decrst(self, parameters: Parameters) -> None:
         for number in parameters:
             self._set_private_mode(number, False)
 
     def _set_private_mode(self, number: int, on: bool) -> None:
+        self._flush_run()
         framebuffer = self.framebuffer
         if number in _OWN_MODES:
             setattr(self, _OWN_MODES[number], on)
@@ -2567,53 +2587,74 @@ class Emulator:
             self.origin_mode = on
 
     def _go_home(self) -> None:
-        self._go_addressed(0)
-        self._go(col=0)
+        self._go(self._limits()[0], 0)
 
-    def decstbm(self, parameters: tuple[int, ...]) -> None:
+    def decstbm(self, parameters: Parameters) -> None:
         """Set the scrolling region and go home; one without at least two rows is ignored."""
         height = self.framebuffer.height
         top, bottom = parameters[0] or 1, (parameters[1] if len(parameters) > 1 else 0) or height
         if bottom <= top or top > height:
             return
         self.region_top, self.region_bottom = top - 1, min(bottom, height) - 1
-        if self.origin_mode:
-            self._snap()
         self._go_home()
 
-    def sgr(self, parameters: str) -> None:
-        """Select the pen. The only function that gets its parameters as text, by which its effect is remembered."""
+    def sgr(self, functions: str) -> None:
+        """Select the pen by one or more SGR in a row: as they were written, by which their effect is remembered."""
         framebuffer = self.framebuffer
         book, pen = framebuffer.codebook, framebuffer.pen
-        code = book.selected.get((pen, parameters))
+        code = book.selected.get((pen, functions))
         if code is None:
-            code = book.rendition_code(_select_rendition(book.rendition(pen), parse_parameters(parameters)))
-            if len(book.selected) >= _SELECTED_LIMIT:
-                book.selected.clear()
-            book.selected[pen, parameters] = code
+            selected: _Selected = book.rendition(pen)
+            for function in functions[2:-1].split("m\x1b["):
+                selected = _select_rendition(*selected, parse_parameters(function))
+            code = book.rendition_code(Rendition(*selected))
+            if len(functions) <= _REMEMBERED_CHARACTERS and _RGB_SGR not in functions:
+                if len(book.selected) >= _REMEMBERED_LIMIT:
+                    book.selected.clear()
+                book.selected[pen, functions] = code
         framebuffer.pen = code
 
-    def dsr(self, parameters: tuple[int, ...]) -> None:
+    def dsr(self, parameters: Parameters) -> None:
         if parameters[0] == 5:
             self._replies += b"\x1b[0n"
         elif parameters[0] == 6:
             self._replies += b"\x1b[%d;%dR" % (self.framebuffer.cursor_row + 1, self.framebuffer.cursor_col + 1)
 
-    def da(self, _parameters: tuple[int, ...]) -> None:
+    def da(self, _parameters: Parameters) -> None:
         self._replies += b"\x1b[?62c"
 
-    def da2(self, _parameters: tuple[int, ...]) -> None:
+    def da2(self, _parameters: Parameters) -> None:
         self._replies += b"\x1b[>1;10;0c"
 
-    def decstr(self, _parameters: tuple[int, ...]) -> None:
+    def decstr(self, _parameters: Parameters) -> None:
         self.insert_mode = self.origin_mode = self.application_cursor_keys = False
         self.framebuffer.cursor_visible = True
         self.region_top, self.region_bottom = 0, self.framebuffer.height - 1
         self.framebuffer.pen = Codebook.DEFAULT
         self.saved_cursor = _HOME
 
+    # -- operating system commands
 
-_CONTROLS: dict[str, Callable[[Emulator], None]] = {
+    def osc(self, text: str) -> None:
+        """Set icon name, window title or clipboard. Source: xterm's control sequences, OSC 0, 1, 2 and 52."""
+        framebuffer = self.framebuffer
+        if text.startswith(_CLIPBOARD):
+            framebuffer.clipboard = text[len(_CLIPBOARD) :]
+            return
+        kind, separator, title = text[:TITLE_LIMIT].partition(";")
+        if not separator or kind not in ("", "0", "1", "2"):
+            return
+        framebuffer.title_was_set = True
+        if kind != "2":
+            framebuffer.icon_name = title
+        if kind != "1":
+            framebuffer.window_title = title
+
+    def no_effect(self, _: Parameters = ()) -> None:
+        """Do nothing."""
+
+
+_CONTROLS: dict[str, Callable[[Emulator, Parameters], None]] = {
     "\x07": Emulator.bel,  # bell
     "\x08": Emulator.bs,  # backspace
     "\x09": Emulator.ht,  # horizontal tabulation
@@ -2621,20 +2662,21 @@ _CONTROLS: dict[str, Callable[[Emulator], None]] = {
     "\x0b": Emulator.lf,  # vertical tabulation
     "\x0c": Emulator.lf,  # form feed
     "\x0d": Emulator.cr,  # carriage return
+    "\x0d\x0a": Emulator.cr_lf,  # both
     "\x84": Emulator.lf,  # index
     "\x85": Emulator.nel,  # next line
     "\x88": Emulator.hts,  # horizontal tabulation set
     "\x8d": Emulator.ri,  # reverse index
 }
 
-_ESCAPES: dict[str, Callable[[Emulator], None]] = {
+_ESCAPES: dict[str, Callable[[Emulator, Parameters], None]] = {
     "7": Emulator.decsc,  # save cursor
     "8": Emulator.decrc,  # restore cursor
     "c": Emulator.ris,  # reset to initial state
     "#8": Emulator.decaln,  # screen alignment display
 }
 
-_CONTROL_SEQUENCES: dict[str, Callable[[Emulator, tuple[int, ...]], None]] = {
+_CONTROL_SEQUENCES: dict[str, Callable[[Emulator, Parameters], None]] = {
     "@": Emulator.ich,  # insert character
     "A": Emulator.cuu,  # cursor up
     "B": Emulator.cud,  # cursor down
@@ -2667,6 +2709,30 @@ _CONTROL_SEQUENCES: dict[str, Callable[[Emulator, tuple[int, ...]], None]] = {
     "r": Emulator.decstbm,  # set top and bottom margins
 }
 
+_CONTROL_SEQUENCE = re.compile(r"\x1b\[([<-?]?)([0-9;]*)(.*)", re.DOTALL)
+_SGR_FUNCTIONS = re.compile(r"(?:\x1b\[[0-9;]*m)+")
+
+
+def _operation(function: str) -> Operation:
+    """Return what a control function of the parser does: an unknown one nothing, save ending wrap pending."""
+    if _SGR_FUNCTIONS.fullmatch(function):
+        return Emulator.sgr, function, False
+    if function.startswith("\x1b]"):
+        return Emulator.osc, function[2:-1], False
+    if function == "\x7f":
+        return Emulator.no_effect, (), False
+    sequence = _CONTROL_SEQUENCE.fullmatch(function)
+    if sequence:
+        key = sequence[1] + sequence[3]
+        handler = _CONTROL_SEQUENCES.get(key, Emulator.no_effect)
+        return handler, parse_parameters(sequence[2]), key not in _KEEPS_WRAP_PENDING
+    if len(function) == 2 and "\x1b@" <= function <= "\x1b_":
+        function = chr(ord(function[1]) + 0x40)  # ESC and a letter is another way to write a C1 control
+    if function.startswith("\x1b"):
+        return _ESCAPES.get(function[1:], Emulator.no_effect), (), True
+    return _CONTROLS.get(function, Emulator.no_effect), (), function not in _KEEPS_WRAP_PENDING
+
+
 _OWN_MODES = {1: "application_cursor_keys", 7: "autowrap"}  # DEC private modes that the display need not know
 _FRAMEBUFFER_MODES = {  # and those that the user's terminal has to share
     5: "reverse_video",
@@ -2685,9 +2751,10 @@ _SGR_BACKGROUND = {number + 10: color for number, color in _SGR_FOREGROUND.items
 _SGR_OFF = {22: BOLD, 23: ITALIC, 24: UNDERLINED, 25: BLINK, 27: INVERSE, 28: INVISIBLE}
 
 
-def _select_rendition(pen: Rendition, parameters: tuple[int, ...]) -> Rendition:
-    """Return the rendition that SGR with these parameters makes of `pen`."""
-    attributes, foreground, background = pen
+def _select_rendition(
+    attributes: int, foreground: int | None, background: int | None, parameters: Parameters
+) -> _Selected:
+    """Return what SGR with these parameters makes of a rendition."""
     at, count = 0, len(parameters)
     while at < count:
         number = parameters[at]
@@ -2711,10 +2778,10 @@ def _select_rendition(pen: Rendition, parameters: tuple[int, ...]) -> Rendition:
             foreground = _SGR_FOREGROUND[number]
         elif number in _SGR_BACKGROUND:
             background = _SGR_BACKGROUND[number]
-    return Rendition(attributes, foreground, background)
+    return attributes, foreground, background
 
 
-def _extended_color(parameters: tuple[int, ...]) -> tuple[int | None, int]:
+def _extended_color(parameters: Parameters) -> tuple[int | None, int]:
     """Return (colour, how many parameters it took) for what follows a 38 or 48; none for neither of the two forms."""
     if parameters[0] == 2 and len(parameters) == 4:  # red, green, blue; their ranges are not checked, as in stock
         _, red, green, blue = parameters
@@ -3690,42 +3757,33 @@ class PredictionEngine:
             byte = ord("[")  # arrows in application cursor mode
         self._last_byte = byte
         self._screen, self._now = screen, now
-        self._parser.feed(self._decoder.decode(bytes((byte,))), self)
+        pieces = iter(self._parser.parse(self._decoder.decode(bytes((byte,)))))
+        for text, function in zip(pieces, pieces):
+            for char in text:
+                self._predict_char(char)
+            if function:
+                self._predict_function(function)
 
-    def print(self, text: str) -> None:
-        """See ParserSink."""
-        for char in text:
-            if char == "\x7f":
-                self._backspace()
-            elif char_width(char) == 1:
-                self._type(char)
-            else:
-                self._ensure_cursor()
-                self._become_tentative()
-
-    def execute(self, char: str) -> None:
-        """See ParserSink."""
-        self._become_tentative()
-        if char == "\r":
-            self._newline()
-
-    def esc_dispatch(self, key: str) -> None:
-        """See ParserSink."""
-        self._become_tentative()
-
-    def csi_dispatch(self, key: str, parameters: str) -> None:
-        """See ParserSink."""
-        if key[-1:] not in ("C", "D"):
+    def _predict_char(self, char: str) -> None:
+        if char_width(char) == 1:
+            self._type(char)
+        else:
+            self._ensure_cursor()
             self._become_tentative()
-            return
-        cursor = self._ensure_cursor()
-        if key[-1] == "C" and cursor.col < self._screen.width - 1:
-            self._touch(cursor.col + 1)
-        elif key[-1] == "D" and cursor.col > 0:
-            self._touch(cursor.col - 1)
 
-    def osc_dispatch(self, text: str) -> None:
-        """See ParserSink; keys hold none that matters."""
+    def _predict_function(self, function: str) -> None:
+        if function == "\x7f":
+            self._backspace()
+        elif function.startswith("\x1b[") and function[-1] in "CD":
+            cursor = self._ensure_cursor()
+            if function[-1] == "C" and cursor.col < self._screen.width - 1:
+                self._touch(cursor.col + 1)
+            elif function[-1] == "D" and cursor.col > 0:
+                self._touch(cursor.col - 1)
+        elif not function.startswith("\x1b]"):
+            self._become_tentative()
+            if function == "\r":
+                self._newline()
 
     def _new_cursor(self, row: int, col: int) -> CursorPrediction:
         self.cursors.append(CursorPrediction(row, col, self.epoch, self._last_sent_num + 1))

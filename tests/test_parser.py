@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import pytest
@@ -11,41 +12,75 @@ from hypothesis import strategies as st
 import mosh
 from terminal_streams import terminal_bytes
 
+Action = tuple[str, ...]
+SEQUENCE = re.compile(r"\x1b\[([<-?]?)([0-9;]*)(.*)", re.DOTALL)
+
 
 class Recorder:
-    """Takes the actions and keeps them; neighbouring printed runs become one, since a feed may cut them anywhere."""
+    """Keeps actions; neighbouring printed runs become one, since a feed may cut them anywhere."""
 
     def __init__(self) -> None:
-        self.actions: list[tuple[str, ...]] = []
+        self.actions: list[Action] = []
 
-    def print(self, text: str) -> None:
-        """See ParserSink."""
-        if self.actions and self.actions[-1][0] == "print":
-            text = self.actions.pop()[1] + text
-        self.actions.append(("print", text))
+    def add(self, *action: str) -> None:
+        """Keep one more."""
+        if action[0] == "print" and self.actions and self.actions[-1][0] == "print":
+            action = ("print", self.actions.pop()[1] + action[1])
+        self.actions.append(action)
 
-    def execute(self, char: str) -> None:
-        """See ParserSink."""
-        self.actions.append(("execute", char))
+    def add_function(self, function: str) -> None:
+        """Keep what a control function is, in the form that the parser has for it."""
+        sequence = SEQUENCE.fullmatch(function)
+        if function.startswith("\x1b]"):
+            self.add("osc", function[2:-1])
+            assert function[-1] == "\a"
+        elif sequence:
+            self.add("csi", _known(sequence[1] + sequence[3]), sequence[2][:100])
+        elif function.startswith("\x1b"):
+            self.add("esc", _known(function[1:]))
+        elif function == "\x7f":
+            self.add("print", function)
+        else:
+            for char in function:
+                self.add("execute", char)
 
-    def esc_dispatch(self, key: str) -> None:
-        """See ParserSink."""
-        self.actions.append(("esc", key))
 
-    def csi_dispatch(self, key: str, parameters: str) -> None:
-        """See ParserSink."""
-        self.actions.append(("csi", key, parameters))
-
-    def osc_dispatch(self, text: str) -> None:
-        """See ParserSink."""
-        self.actions.append(("osc", text))
+def _known(key: str) -> str:
+    """Return the key of a function, empty if it is too long or ends in a character beyond U+00FF."""
+    return key if len(key) <= 8 and key[-1] <= "\xff" else ""
 
 
-def _parsed(*feeds: str) -> list[tuple[str, ...]]:
+def _parse(parser: mosh.Parser, text: str, recorder: Recorder) -> None:
+    pieces = parser.parse(text)
+    assert len(pieces) % 2 == 0
+    for run, function in zip(pieces[::2], pieces[1::2]):
+        assert not re.search("[\\x00-\\x1f\\x7f-\\x9f]", run)
+        if run:
+            recorder.add("print", run)
+        sgrs = re.fullmatch(r"(?:\x1b\[[0-9;]*m)+", function)
+        for each in function[:-1].split("m") if sgrs else [function] if function else []:
+            recorder.add_function(each + "m" * bool(sgrs))
+
+
+def _parsed(*feeds: str) -> list[Action]:
     parser, recorder = mosh.Parser(), Recorder()
     for text in feeds:
-        parser.feed(text, recorder)
+        _parse(parser, text, recorder)
     return recorder.actions
+
+
+def test_a_stream_becomes_text_and_control_functions() -> None:
+    assert mosh.Parser().parse("ls\r\n\x1b[1;31mred\x1b]2;title\x07\x1b7") == [
+        "ls", "\r\n", "", "\x1b[1;31m", "red", "\x1b]2;title\a", "", "\x1b7", "", "",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("written", "function"), [
+    ("\x9b3A", "\x1b[3A"), ("\x1b[3\x7fA", "\x1b[3A"), ("\x9d0;t\x9c", "\x1b]0;t\a"),
+    ("\x1b[?1 h", "\x1b[?1 h"), ("\x1b[1m\x1b[m\x1b[4;5m", "\x1b[1m\x1b[m\x1b[4;5m"),
+])  # fmt: skip
+def test_a_function_has_one_form_however_it_was_written(written: str, function: str) -> None:
+    assert [piece for piece in mosh.Parser().parse(written) if piece] == [function]
 
 
 def test_a_stream_becomes_actions() -> None:
@@ -71,7 +106,7 @@ class SlowParser:
         code = ord(char)
         if code in (0x18, 0x1A, 0x99, 0x9A) or 0x80 <= code <= 0x8F or 0x91 <= code <= 0x97:
             self._leave()
-            self.sink.execute(char)
+            self.sink.add("execute", char)
             self.state = "ground"
         elif code == 0x9C:
             self._go("ground")
@@ -88,7 +123,7 @@ class SlowParser:
 
     def _leave(self) -> None:
         if self.state == "osc":
-            self.sink.osc_dispatch(self.string)
+            self.sink.add("osc", self.string)
 
     def _go(self, state: str) -> None:
         self._leave()
@@ -105,9 +140,9 @@ class SlowParser:
     def _finish(self, char: str, kind: str) -> None:
         key = self.collected + char if len(self.collected) < 8 and ord(char) <= 0xFF else ""
         if kind == "esc":
-            self.sink.esc_dispatch(key)
+            self.sink.add("esc", key)
         else:
-            self.sink.csi_dispatch(key, self.parameters)
+            self.sink.add("csi", key, self.parameters)
         self.state = "ground"
 
     def _by_state(self, char: str, kind: str) -> None:
@@ -120,9 +155,9 @@ class SlowParser:
             elif not control and len(self.string) < 16384:
                 self.string += char
         elif control:
-            self.sink.execute(char)
+            self.sink.add("execute", char)
         elif self.state == "ground":
-            self.sink.print(char)
+            self.sink.add("print", char)
         elif kind != "\x7f":
             self._in_sequence(char, kind)
 
@@ -162,7 +197,7 @@ class SlowParser:
             self.state = "csi ignore"
 
 
-def _parsed_slowly(text: str) -> list[tuple[str, ...]]:
+def _parsed_slowly(text: str) -> list[Action]:
     recorder = Recorder()
     parser = SlowParser(recorder)
     for char in text:
@@ -226,11 +261,11 @@ def _pieces(text: str, cuts: Sequence[int]) -> list[str]:
 @given(STREAM, STREAM)
 def test_a_copy_goes_on_where_the_original_was(before: str, after: str) -> None:
     parser, recorder = mosh.Parser(), Recorder()
-    parser.feed(before, recorder)
+    _parse(parser, before, recorder)
     copy, copied = parser.copy(), Recorder()
     copied.actions = list(recorder.actions)
-    parser.feed("\x1b]junk\x18" + after, Recorder())
-    copy.feed(after, copied)
+    _parse(parser, "\x1b]junk\x18" + after, Recorder())
+    _parse(copy, after, copied)
     assert copied.actions == _parsed(before + after)
 
 
@@ -266,7 +301,7 @@ def test_a_final_beyond_latin_1_makes_an_unknown_function_of_any_length() -> Non
 
 # -- what is easily got wrong ----------------------------------------------------------------------------------
 
-WAYS_OUT: list[tuple[str, list[tuple[str, ...]]]] = [
+WAYS_OUT: list[tuple[str, list[Action]]] = [
     ("\x07", []),
     ("\x9c", []),
     ("\x1b\\", [("esc", "\\")]),
@@ -284,7 +319,7 @@ WAYS_OUT: list[tuple[str, list[tuple[str, ...]]]] = [
 
 
 @pytest.mark.parametrize(("way", "after"), WAYS_OUT, ids=ascii)
-def test_leaving_an_operating_system_command_by_any_way_performs_it(way: str, after: list[tuple[str, ...]]) -> None:
+def test_leaving_an_operating_system_command_by_any_way_performs_it(way: str, after: list[Action]) -> None:
     assert _parsed(f"\x1b]2;title{way}") == [("osc", "2;title"), *after]
 
 
@@ -299,7 +334,7 @@ def test_controls_inside_a_string_vanish(control: str) -> None:
     ("\x1b", "7", ("esc", "7")), ("\x1b#", "8", ("esc", "#8")), ("\x1b[", "A", ("csi", "A", "")),
     ("\x1b[1", "2A", ("csi", "A", "12")), ("\x1b[1 ", "q", ("csi", " q", "1")),
 ])  # fmt: skip
-def test_controls_inside_a_sequence_act_at_once(control: str, before: str, after: str, action: tuple[str, ...]) -> None:
+def test_controls_inside_a_sequence_act_at_once(control: str, before: str, after: str, action: Action) -> None:
     assert _parsed(before + control + after) == [("execute", control), action]
     assert _parsed(before + "\x7f" + after) == [action]
 

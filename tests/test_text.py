@@ -249,3 +249,11 @@ def test_every_narrow_character_has_width_one() -> None:
     assert {mosh.char_width(char) for char in narrow} == {1}
     assert not any(mosh.is_width_doubtful(char) for char in narrow)
     assert all(mosh.NARROW_RUN.fullmatch(char) for char in narrow)
+    assert set(map(mosh.char_width, filter(mosh.WIDE_RUN.fullmatch, map(chr, range(1, 0x110000))))) == {2}
+
+
+def test_every_mark_of_a_cluster_has_width_zero() -> None:
+    """The fast path for clusters takes this for granted."""
+    marks = [char for char in map(chr, range(1, 0x110000)) if mosh.CLUSTER.fullmatch("x" + char)]
+    assert len(marks) > 150
+    assert {mosh.char_width(char) for char in marks} == {0}
