@@ -1,6 +1,6 @@
 """Measure typing over a link that loses datagrams, on a simulated clock: the same seeds, so exact to the byte.
 
-    python tests/bench_simulated.py [--sessions N] [--loss SHARE] [--rtt MS]
+    python tests/bench_simulated.py [--sessions N] [--loss SHARE] [--rtt MS] [--markdown]
 
 Every figure is taken of ours and of a reference end with stock mosh's timers, in all four pairings. Nothing is
 predicted; a key counts as shown when the client's screen has its echo. Bytes are UDP payloads, both directions.
@@ -12,10 +12,10 @@ import argparse
 import contextlib
 import io
 import random
-import statistics
 from collections.abc import Callable
 from functools import partial
 
+import measuring  # before mosh, which it finds
 import mosh
 from simnet import Simulation, use_stock_timers
 
@@ -72,24 +72,30 @@ def session(seed: int, stock_ends: str, shape: Callable[[Simulation], None]) -> 
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description="Measure typing on a simulated lossy link, beside stock's timers.")
-    parser.add_argument("--sessions", type=int, default=60)
+    parser.add_argument("--sessions", type=int, default=30)
     parser.add_argument("--loss", type=float, default=0.29, help="share of datagrams lost, each way")
     parser.add_argument("--rtt", type=int, default=100)
+    parser.add_argument("--markdown", action="store_true", help="print the table in Markdown")
     options = parser.parse_args()
 
     def shape(sim: Simulation) -> None:
         sim.link.delay_ms, sim.link.loss = options.rtt // 2, options.loss
 
-    print(f"RTT {options.rtt} ms, loss {options.loss:.0%} each way, {options.sessions} sessions of {KEYS} keys")
-    print(f"{'':16}{'median':>8}{'mean':>8}{'p95':>8}{'datagrams':>12}{'bytes':>10}")
-    for name, stock_ends in PAIRINGS.items():
-        results = [session(seed, stock_ends, shape) for seed in range(options.sessions)]
-        latencies = sorted(latency for result in results for latency in result[0])
-        mean, p95 = statistics.fmean(latencies), latencies[int(0.95 * len(latencies))]
-        datagrams = sum(result[1] for result in results) // len(results)
-        size = sum(result[2] for result in results) // len(results)
-        print(f"{name:16}{statistics.median(latencies):8.0f}{mean:8.0f}{p95:8.0f}{datagrams:12}{size:10}")
+    title = f"RTT {options.rtt} ms, loss {options.loss:.0%} each way, {options.sessions} sessions of {KEYS} keys"
+    table = measuring.Table(title, ["", *PAIRINGS])
+    results = [[session(seed, ends, shape) for seed in range(options.sessions)] for ends in PAIRINGS.values()]
+    latencies = [[float(latency) for played in pairing for latency in played[0]] for pairing in results]
+    rows = {
+        "key to echo: median, ms": [measuring.median(values) for values in latencies],
+        "key to echo: mean, ms": [sum(values) / len(values) for values in latencies],
+        "key to echo: p95, ms": [measuring.percentile(values, 0.95) for values in latencies],
+        "datagrams per session": [sum(float(played[1]) for played in pairing) / len(pairing) for pairing in results],
+        "bytes per session": [sum(float(played[2]) for played in pairing) / len(pairing) for pairing in results],
+    }
+    for label, values in rows.items():
+        table.add(label, measuring.compared(values))
+    table.show(options.markdown)
 
 
 if __name__ == "__main__":
-    main()
+    measuring.run_main(main)

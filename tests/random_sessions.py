@@ -129,10 +129,10 @@ def play(seed: int) -> None:
     sim.link.mtu_bytes, sim.link.path_mtu_bytes = 1_500, path_mtu_bytes
     typing_ms = max(0, sim.client.types_until - sim.now, sim.server.writes_until - sim.now)
     sim.run(ms=typing_ms)
-    sim.run_until(lambda: sim.settled, limit_ms=CONVERGE_LIMIT_MS)
-    sim.run(ms=3_500)  # in which nothing that was under way may undo it
+    sim.run_until(lambda: sim.settled and sim.client.screen == sim.server.screen, limit_ms=CONVERGE_LIMIT_MS)
+    sim.run(ms=3_500)  # in which nothing that was under way may undo it, though the bar may still come and go
     window = sim.client.terminal.framebuffer
-    assert sim.settled and sim.client.screen == sim.server.screen
+    assert sim.client.screen == sim.server.screen and sim.server.program.received == sim.client.typed
     assert sim.server.sizes[-1] == (window.width, window.height)
     if sim.random.random() < 0.3:
         sim.run_until(lambda: sim.server.peer in sim.client.addresses, limit_ms=4_000)  # a heartbeat tells it

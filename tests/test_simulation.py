@@ -350,7 +350,7 @@ VARIANTS = {
     "a wrong throwaway number": ("sender", HastySender, "thrown away"),
     "a stale reply address": ("datagrams", StaleReplies, "the server answers to"),
 }
-ENDS = {name: ("client", "server") for name in VARIANTS}
+ENDS: dict[str, tuple[str, ...]] = dict.fromkeys(VARIANTS, ("client", "server"))
 ENDS["a stale reply address"] = ("server",)  # only a server follows its peer
 
 

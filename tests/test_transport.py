@@ -262,6 +262,18 @@ def test_what_the_peer_should_know_by_now_and_does_not_is_resent_as_soon_as_it_s
     assert peer.hear() == []
 
 
+def test_a_frame_that_came_up_in_an_outage_leaves_as_soon_as_the_peer_speaks() -> None:
+    peer = _connected(rtt_ms=40)
+    for i in range(80):
+        peer.transport.set_current(Note(str(i) * 3_000), now=peer.now)
+        peer.listen(until=peer.now + 100)
+    peer.transport.set_current(Note("newest"), now=peer.now)
+    waits_until = peer.transport.next_timeout()
+    assert waits_until is not None and waits_until > peer.now + 100
+    peer.say(1, 2, ack=1)
+    assert [each[4] for each in peer.hear()] == [">newest"]
+
+
 def test_what_is_still_on_its_way_is_not_resent_because_the_peer_speaks() -> None:
     peer = _connected(rtt_ms=100)
     peer.transport.set_current(Note("a"), now=1_000)
