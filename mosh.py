@@ -559,7 +559,7 @@ LOSS_RUN = 4  # more than this lost in a row is an outage, which says little abo
 # headers until a probe, a heartbeat padded to full size, is acknowledged. One that is lost delays nothing.
 MTU_BYTES = {"IPv4": 1280 - 28, "IPv6": 1280 - 64}  # whole datagram behind the UDP header
 FALLBACK_MTU_BYTES = 500
-MTU_TRIES = 3
+MTU_TRIES = 2
 MTU_NUMS = 64  # states whose tries are remembered
 MTU_PROBE_MS = (10_000, 60_000)  # wait for the first probe, and between later ones
 DATAGRAM_OVERHEAD_BYTES = SEQUENCE.size + TIMESTAMPS.size + TAG_BYTES

@@ -102,6 +102,56 @@ def test_a_packet_that_is_too_big_is_sent_in_smaller_pieces(sim: Simulation) -> 
     assert max(map(len, sim.datagrams(mosh.TO_CLIENT))) <= mosh.FALLBACK_MTU_BYTES
 
 
+def test_a_path_that_drops_large_packets_silently_delays_a_screen_and_a_paste_by_less_than_a_second() -> None:
+    took_ms = {}
+    for path_mtu_bytes in (1_500, 600):
+        sim = Simulation(3)
+        sim.link.delay_ms, sim.link.path_mtu_bytes = 50, path_mtu_bytes
+        sim.run(ms=2_000)
+        sim.client.type("noise 600\r")
+        shown_ms = sim.run_until(lambda sim=sim: sim.settled, limit_ms=2_000)  # type: ignore[misc]
+        sim.client.type(bytes(sim.random.choices(range(0x21, 0x7F), k=2_000)))
+        took_ms[path_mtu_bytes] = shown_ms, sim.run_until(lambda sim=sim: sim.settled, 2_000)  # type: ignore[misc]
+        before = len(sim.datagrams(mosh.TO_SERVER)) + len(sim.datagrams(mosh.TO_CLIENT))
+        sim.run(ms=60_000)
+        after = len(sim.datagrams(mosh.TO_SERVER)) + len(sim.datagrams(mosh.TO_CLIENT))
+        assert after - before <= 44  # heartbeats, padded or not
+        assert sim.client.screen == sim.server.screen
+    assert all(small - usual < 1_000 for small, usual in zip(took_ms[600], took_ms[1_500])), took_ms
+
+
+def test_large_datagrams_are_used_again_when_the_path_carries_them_again(sim: Simulation) -> None:
+    sim.link.path_mtu_bytes = 600
+    sim.client.type("noise 600\r")
+    sim.run_until(lambda: sim.settled, limit_ms=3_000)
+    assert sim.server.core.transport.datagrams.mtu_bytes == mosh.FALLBACK_MTU_BYTES
+    sim.run(ms=100_000)  # probes are lost
+    assert sim.server.core.transport.datagrams.mtu_bytes == mosh.FALLBACK_MTU_BYTES
+    sim.link.path_mtu_bytes = 1_500
+    sim.run(ms=70_000)
+    assert sim.server.core.transport.datagrams.mtu_bytes == mosh.MTU_BYTES["IPv4"]
+
+
+def test_an_end_that_wakes_up_goes_on_where_it_was(sim: Simulation) -> None:
+    for end, clock_stops in ((sim.client, True), (sim.server, True), (sim.client, False), (sim.server, False)):
+        sim.run(ms=1_000)
+        end.sleep(ms=3_600_000, clock_stops=clock_stops)
+        sim.run(ms=3_600_000)
+        sim.client.type("back\r")
+        sim.run_until(lambda: sim.settled, limit_ms=8_000)
+
+
+def test_a_slow_link_with_a_full_buffer_is_not_filled_further(sim: Simulation) -> None:
+    sim.link.delay_ms, sim.link.rate_bytes_per_s, sim.link.buffer_bytes = 50, 20_000, 20_000
+    sim.run(ms=2_000)
+    sim.client.type("burst 1000\r")
+    sim.run(ms=1_000)
+    sim.client.type("x")
+    sim.run_until(lambda: "x" in sim.server.program.received.decode()[10:], limit_ms=1_000)
+    assert sim.invariants.in_flight[mosh.TO_CLIENT] < 10_000
+    sim.run_until(lambda: sim.settled, limit_ms=10_000)
+
+
 # -- hostile datagrams
 
 
