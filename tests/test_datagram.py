@@ -322,6 +322,58 @@ def test_a_refused_datagram_makes_all_later_ones_small() -> None:
     assert client.mtu_bytes == 500
 
 
+def _tried(*nums: int) -> mosh.PathMtu:
+    """Large datagrams for these states, 100 ms apart."""
+    mtu = mosh.PathMtu(1_252)
+    for i, num in enumerate(nums):
+        mtu.instruction_sent(num, 1_252, 100 * i)
+    return mtu
+
+
+@pytest.mark.parametrize(
+    ("nums", "now", "falls_back"),
+    [((5,), 10_000, False), ((5, 5), 299, False), ((5, 5), 300, True), ((5, 6), 300, True)],
+)
+def test_large_datagrams_are_given_up_after_some_tries_and_a_timeout(
+    nums: tuple[int, ...], now: int, falls_back: bool
+) -> None:
+    mtu = _tried(*nums)
+    mtu.update(now, patience_ms=300)
+    assert mtu.bytes == (500 if falls_back else 1_252)
+
+
+def test_an_ack_of_a_large_state_speaks_for_large_datagrams_and_that_of_a_small_one_does_not() -> None:
+    for acked, falls_back in ((5, False), (7, True), (4, True)):
+        mtu = _tried(5, 6)
+        mtu.instruction_sent(7, 90, 200)
+        mtu.acknowledged(acked, 200)
+        mtu.update(400, patience_ms=300)
+        assert (mtu.bytes == 500) == falls_back
+
+
+def test_a_flood_of_large_states_that_are_acknowledged_late_is_no_black_hole() -> None:
+    mtu = mosh.PathMtu(1_252)
+    for num in range(1, 200):
+        mtu.instruction_sent(num, 1_252, 50 * num)
+        mtu.acknowledged(num - 20, 50 * num)
+        mtu.update(50 * num, patience_ms=1_100)
+    assert mtu.bytes == 1_252
+
+
+def test_only_the_ack_of_the_newest_probe_counts() -> None:
+    mtu = mosh.PathMtu(1_252)
+    assert not mtu.wants_probe(10**9)
+    mtu.shrink()
+    mtu.update(1_000, patience_ms=300)
+    assert not mtu.wants_probe(10_999) and mtu.wants_probe(11_000)
+    mtu.probe_sent(8, 11_000)
+    assert not mtu.wants_probe(70_999) and mtu.wants_probe(71_000)
+    mtu.acknowledged(9, 71_000)
+    assert mtu.bytes == 500
+    mtu.acknowledged(8, 71_000)
+    assert mtu.bytes == 1_252 and not mtu.wants_probe(10**9)
+
+
 def test_payload_sizes_that_stock_uses() -> None:
     assert mosh.MTU_BYTES == {"IPv4": 1_252, "IPv6": 1_216}
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import string
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -21,6 +23,8 @@ BLACKOUT_SECONDS = 20.0
 RECOVERY_SECONDS = 40.0         # the link may be found again only at the next heartbeat or port hop
 IDLE_SECONDS = 0.5
 MAX_DATAGRAM_BYTES = 1252       # the most that either end may send over IPv4
+SMALL_PATH_BYTES = 600 - 28     # what an IPv4 packet of 600 bytes carries
+PATIENCE_SECONDS = 12.0         # for what must come, and before saying that it does not
 # What is typed goes into a file, so that every byte the server delivered can be counted.
 RECORDER = ("sh", "-c", "echo ready; exec cat >typed")
 SILENT_RECORDER = ("sh", "-c", "stty -echo; echo ready; exec cat >typed")
@@ -164,6 +168,36 @@ def fill_the_screen_through_a_tunnel(pair: Pair, home: Path) -> None:
         assert relay.up.lost == relay.down.lost == 0
 
 
+def send_much_through_a_black_hole(pair: Pair, home: Path) -> tuple[bool, bool]:
+    """On a path that silently drops packets above 600 bytes, paste much and show much.
+
+    Returns whether the paste arrived and whether the screen was shown.
+    """
+    noise = "head -c 700 /dev/urandom | od -An -tx1 -v"
+    command = ("sh", "-c", f"stty -echo; echo ready; head -n 1 >typed; {noise}; echo finished; cat")
+    line = "".join(random.Random(1).choices(string.ascii_letters + string.digits, k=3_000)) + "\n"
+    with relayed_session(pair, home, command=command, height=60) as (terminal, relay):
+        wait_idle(relay)
+        for lane in relay.lanes:
+            lane.mtu_bytes = SMALL_PATH_BYTES
+        terminal.type(line)
+        pasted = _comes_true(lambda: written(home) == line)
+        if not pasted:
+            relay.up.mtu_bytes = None       # so that the other direction has its turn
+            wait_written(home, line)
+        shown = _comes_true(lambda: "finished" in terminal.snapshot().text)
+        print(f"{pair}: paste {pasted}, {relay.up.lost} lost; screen {shown}, {relay.down.lost} lost")
+        return pasted, shown
+
+
+def _comes_true(condition: Callable[[], bool]) -> bool:
+    try:
+        peers.wait_until(condition, PATIENCE_SECONDS, "it")
+    except TimeoutError:
+        return False
+    return True
+
+
 # -- tests -----------------------------------------------------------------------------------------------------
 
 each_pair = pytest.mark.parametrize("pair", PAIRS, ids=str)
@@ -208,3 +242,13 @@ def test_a_password_is_never_predicted(pair: Pair, stage: Stage) -> None:
 def test_no_datagram_is_larger_than_a_tunnel_carries(pair: Pair, stage: Stage) -> None:
     ready_for(pair)
     stage.play(fill_the_screen_through_a_tunnel, pair)
+
+
+@pytest.mark.long
+@each_pair
+def test_a_path_that_drops_large_packets_stops_neither_direction_of_ours(pair: Pair, stage: Stage) -> None:
+    """Stock mosh stops there: it needs the network to refuse a packet, and most do not say a word."""
+    ready_for(pair)
+    pasted, shown = stage.play(send_much_through_a_black_hole, pair)
+    assert pasted or pair.client == "stock"
+    assert shown or pair.server == "stock"

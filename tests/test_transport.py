@@ -127,10 +127,18 @@ def test_a_state_reaches_the_other_end() -> None:
 # -- sender: when
 
 
-def test_the_first_instruction_goes_out_at_once_and_then_every_three_seconds() -> None:
+def _gaps(times: list[int]) -> list[int]:
+    return [later - at for at, later in zip(times, times[1:])]
+
+
+def test_the_first_instruction_goes_out_at_once_and_then_more_and_more_rarely() -> None:
     client = _transport()
     client.set_current(Note("a"), now=0)
-    assert Peer(client).listen(until=12_000) == [(at, 0, 1, 0, 0, ">a") for at in (0, 3_000, 6_000, 9_000, 12_000)]
+    heard = Peer(client).listen(until=60_000)
+    assert {each[1:] for each in heard} == {(0, 1, 0, 0, ">a")}
+    gaps = _gaps([at for at, *_ in heard])
+    assert gaps == sorted(gaps) and gaps[0] == 250 and gaps[-1] == 3_000
+    assert len([at for at, *_ in heard if at < 15_000]) == 18
 
 
 def test_a_server_that_knows_no_client_does_nothing() -> None:
@@ -231,26 +239,240 @@ def test_unacknowledged_data_is_resent_at_the_frame_rate_under_the_same_number()
     assert {(old, new, diff) for _, old, new, _, _, diff in heard} == {(1, 2, ">a")}
 
 
-def test_an_unanswered_keystroke_is_resent_for_ten_seconds_then_every_three() -> None:
+def test_an_unanswered_keystroke_is_resent_more_and_more_rarely_but_never_given_up() -> None:
     """Heartbeats never acknowledged go stale, so the diff starts at what is known to be there."""
     peer = _connected(rtt_ms=40)
     peer.listen(until=4_000)
     peer.transport.set_current(Note("a"), now=4_000)
-    times = [at for at, *_ in peer.listen(until=20_000)]
-    last_heard_at = 900
-    fast = [at for at in times if at < last_heard_at + 10_000]
-    slow = [fast[-1], *times[len(fast) :]]
-    assert {later - at for at, later in zip(fast[1:], fast[2:])} == {20} and fast[-1] > 10_870
-    assert [later - at for at, later in zip(slow, slow[1:])] == [3_000] * 3
+    heard = peer.listen(until=60_000)
+    assert {each[1:] for each in heard} == {(1, 3, 1, 1, ">a")}
+    gaps = _gaps([at for at, *_ in heard])
+    assert gaps[:4] == [150, 50, 50, 50] and gaps[1:] == sorted(gaps[1:]) and gaps[-1] == 3_000
+    assert len(gaps) < 40
 
 
-def test_a_due_heartbeat_resends_what_is_unacknowledged() -> None:
-    peer = _connected()
-    peer.listen(until=31_000)
-    peer.transport.set_current(Note("a"), now=31_000)
-    heard = peer.listen(until=37_500)
-    assert [at for at, *_ in heard] == [31_001, 34_001, 37_001]
-    assert len({each[1:] for each in heard}) == 1 and heard[0][5] == ">a"
+def test_what_the_peer_should_know_by_now_and_does_not_is_resent_as_soon_as_it_speaks() -> None:
+    peer = _connected(rtt_ms=40)
+    peer.transport.set_current(Note("a"), now=1_000)
+    peer.listen(until=21_000)
+    sent_at = peer.listen(until=24_000)[-1][0]
+    peer.now = sent_at + 100
+    peer.say(1, 2, ack=1)
+    assert [each[:2] for each in peer.hear()] == [(1, 2)]
+    assert peer.hear() == []
+
+
+def test_a_frame_that_came_up_in_an_outage_leaves_as_soon_as_the_peer_speaks() -> None:
+    peer = _connected(rtt_ms=40)
+    for i in range(80):
+        peer.transport.set_current(Note(str(i) * 3_000), now=peer.now)
+        peer.listen(until=peer.now + 100)
+    peer.transport.set_current(Note("newest"), now=peer.now)
+    waits_until = peer.transport.next_timeout()
+    assert waits_until is not None and waits_until > peer.now + 100
+    peer.say(1, 2, ack=1)
+    assert [each[4] for each in peer.hear()] == [">newest"]
+
+
+def test_what_is_still_on_its_way_is_not_resent_because_the_peer_speaks() -> None:
+    peer = _connected(rtt_ms=100)
+    peer.transport.set_current(Note("a"), now=1_000)
+    sent_at = peer.listen(until=1_001)[-1][0]
+    for after_ms in (1, 50, 99):
+        peer.now = sent_at + after_ms
+        peer.say(1, 1 + after_ms, ack=1)
+        assert peer.hear() == []
+
+
+def test_what_the_peer_repeats_is_acknowledged_again_once_the_ack_must_have_been_lost() -> None:
+    peer = _connected(rtt_ms=40)
+    peer.say(1, 2, ">a", ack=1)
+    assert [each[:2] for each in peer.listen(until=1_110)] == [(1_100, 1)]
+    peer.say(1, 2, ">a", ack=1)  # it crossed our ack
+    assert peer.listen(until=1_250) == []
+    peer.say(1, 2, ">a", ack=1)
+    assert [(each[0], each[3]) for each in peer.listen(until=1_400)] == [(1_350, 2)]
+
+
+def test_a_replay_makes_nothing_be_resent() -> None:
+    peer = _connected(rtt_ms=40)
+    old = peer.say(1, 2, ack=1)
+    peer.transport.set_current(Note("a"), now=1_000)
+    sent_at = peer.listen(until=21_000)[-1][0]
+    assert peer.transport.next_timeout() == sent_at + 3_000
+    peer.transport.receive_datagram(old, PEER, 21_000)
+    assert peer.hear() == []
+
+
+def test_an_ack_ends_the_back_off() -> None:
+    peer = _connected(rtt_ms=40)
+    peer.transport.set_current(Note("a"), now=1_000)
+    peer.listen(until=20_000)
+    peer.say(1, 2, ack=2)
+    peer.listen(until=20_200)
+    large = "".join(random.Random(2).choices("abcdefghijklmnopqrstuvwxyz0123456789", k=3_000))
+    times = []
+    for i in range(3):
+        peer.transport.set_current(Note(large + str(i)), now=peer.now)
+        times += [each[0] for each in peer.listen(until=peer.now + 25)]
+    assert max(_gaps(times)) <= 26
+
+
+def test_frames_to_a_peer_out_of_reach_become_rare_and_keys_do_not() -> None:
+    noise = random.Random(2)
+    sent_count = {}
+    for size in (1, 3_000):
+        peer, text = _connected(rtt_ms=40), ""
+        for _ in range(600):
+            text = "".join(noise.choices("abcdefghijklmnopqrstuvwxyz0123456789", k=size))
+            peer.transport.set_current(Note(text), now=peer.now)
+            peer.listen(until=peer.now + 50)
+        sent_count[size] = peer.transport.sender.sent[-1].num
+    assert sent_count[1] > 200 and sent_count[3_000] < 60
+
+
+# -- sender: lossy paths
+
+
+def _lossy(rtt_ms: int) -> Peer:
+    peer = _connected(rtt_ms=rtt_ms)
+    for _ in range(mosh.LOSSY_COUNT):
+        peer._layer.seal(b"", 0)  # it never arrives
+        peer.say(0, 1, ack=1)
+    return peer
+
+
+def test_a_small_diff_goes_twice_on_a_lossy_path_and_a_large_one_once() -> None:
+    for text, copies in (("a", 2), ("a" * 300, 1)):
+        peer = _lossy(rtt_ms=100)
+        peer.transport.set_current(Note(text), now=1_000)
+        heard = peer.listen(until=1_090)
+        assert len(heard) == copies and len({each[1:] for each in heard}) == 1
+        assert copies == 1 or heard[1][0] - heard[0][0] == 13
+
+
+def test_on_a_lossy_path_a_small_diff_is_resent_after_the_retransmission_timeout() -> None:
+    peer = _lossy(rtt_ms=100)
+    peer.transport.set_current(Note("a"), now=1_000)
+    assert _gaps([each[0] for each in peer.listen(until=1_230)]) == [13, 100, 100]
+
+
+def test_a_path_is_lossy_no_longer_once_enough_has_arrived() -> None:
+    window = mosh.LossWindow()
+    for seq in (0, 1, 5, 6):
+        window.observe(seq)
+    assert window.lost_count == 3
+    window.observe(3)  # late, not lost
+    assert window.lost_count == 2
+    for seq in range(7, 7 + mosh.LOSS_WINDOW):
+        window.observe(seq)
+    assert window.lost_count == 0
+
+
+def test_an_outage_does_not_make_a_path_lossy_for_long() -> None:
+    window = mosh.LossWindow()
+    assert window.observe(0) and window.observe(10_000) and not window.observe(10_000)
+    assert window.lost_count == mosh.LOSS_RUN
+
+
+# -- sender: large instructions
+
+NOISE = "".join(random.Random(3).choices("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789", k=60_000))
+
+
+def _sizes(peer: Peer, until: int) -> list[tuple[int, list[int]]]:
+    """Return what is sent up to `until`: times and sizes of datagrams."""
+    sent = []
+    while True:
+        datagrams = peer.transport.datagrams_to_send(peer.now)
+        if datagrams:
+            sent.append((peer.now, [len(datagram) for datagram in datagrams]))
+        deadline = peer.transport.next_timeout()
+        if deadline is None or deadline > until:
+            peer.now = until
+            return sent
+        peer.now = max(peer.now, deadline)
+
+
+def test_a_long_train_of_fragments_is_spread_over_the_frame_interval() -> None:
+    peer = _connected(rtt_ms=400)
+    peer.transport.set_current(Note(NOISE), now=1_000)
+    sent = _sizes(peer, until=1_201)
+    (began_at, burst), *rest = sent
+    assert len(burst) == mosh.BURST_DATAGRAMS and max(len(sizes) for _, sizes in rest) == 1
+    assert 20 < len(rest) < 50 and max(_gaps([at for at, _ in sent])) <= 200 // len(rest) + 1
+    assert sent[-1][0] - began_at <= 200
+
+
+def test_what_changes_during_a_train_waits_for_its_end_and_no_longer() -> None:
+    peer = _connected(rtt_ms=400)
+    peer.transport.set_current(Growing(NOISE), now=1_000)
+    _sizes(peer, until=1_050)
+    peer.transport.set_current(Growing(NOISE + "!"), now=1_050)
+    heard = peer.listen(until=1_205)
+    assert [each[1:3] for each in heard] == [(2, 3)]
+    assert heard[0][5] == "!"
+
+
+def test_a_train_that_waited_out_a_suspend_leaves_and_is_not_resent_before_an_ack_can_come() -> None:
+    peer = _connected(rtt_ms=400)
+    peer.transport.set_current(Note(NOISE), now=1_000)
+    _sizes(peer, until=1_020)
+    peer.now = 500_000
+    ((at, sizes),) = _sizes(peer, until=500_400)
+    assert at == 500_000 and len(sizes) > 20
+
+
+def test_the_pieces_of_a_large_instruction_that_is_resent_fill_the_gaps() -> None:
+    client, server = _transport(), _transport(TO_CLIENT)
+    client.set_current(Note(NOISE[:5_000]), now=0)
+    first, second = ([*client.datagrams_to_send(now)] for now in (0, 250))
+    assert len(first) == len(second) > 2
+    for datagram in (*first[0::2], *second[1::2]):
+        server.receive_datagram(datagram, PEER, 300)
+    assert server.remote.state.text == NOISE[:5_000]
+
+
+def test_large_datagrams_never_acknowledged_are_given_up_for_small_ones() -> None:
+    peer = _connected(rtt_ms=100)
+    peer.transport.set_current(Note(NOISE[:3_000]), now=1_000)
+    sent = _sizes(peer, until=1_600)
+    large = [at for at, sizes in sent if max(sizes) > 600]
+    small = [at for at, sizes in sent if max(sizes) <= mosh.FALLBACK_MTU_BYTES]
+    assert len(large) == mosh.MTU_TRIES and small and large[-1] < small[0] <= large[0] + 400
+
+
+def test_a_padded_heartbeat_probes_for_large_datagrams() -> None:
+    peer = _connected(rtt_ms=100)
+    peer.transport._random_bytes = random.Random(1).randbytes
+    peer.transport.datagrams.shrink_mtu()
+    beats = [(at, max(sizes)) for at, sizes in _sizes(peer, until=150_000)]
+    probes = [at for at, size in beats if size > mosh.FALLBACK_MTU_BYTES]
+    assert {size for _, size in beats if size > mosh.FALLBACK_MTU_BYTES} <= set(range(1_245, 1_253))
+    assert 10_000 <= probes[0] - 1_000 <= 13_000 and all(60_000 <= gap <= 63_000 for gap in _gaps(probes))
+    assert max(_gaps([at for at, _ in beats])) <= 3_000  # a probe that is lost is not missed for long
+    peer.say(1, 2, ack=peer.transport.sender.sent[-1].num)
+    assert peer.transport.datagrams.mtu_bytes == mosh.FALLBACK_MTU_BYTES
+
+
+def test_an_acknowledged_probe_brings_large_datagrams_back() -> None:
+    peer = _connected(rtt_ms=100)
+    peer.transport._random_bytes = random.Random(1).randbytes
+    peer.transport.datagrams.shrink_mtu()
+    while max(_sizes(peer, until=peer.now + 1)[-1:], default=(0, [0]))[1][0] < 600:
+        peer.now += 100
+        assert peer.now < 20_000
+    peer.say(1, 2, ack=peer.transport.sender.sent[-1].num)
+    assert peer.transport.datagrams.mtu_bytes == 1_252
+
+
+def test_a_datagram_refused_for_its_size_is_replaced_at_once() -> None:
+    peer = _connected(rtt_ms=100)
+    peer.transport.set_current(Note(NOISE[:3_000]), now=1_000)
+    sent = _sizes(peer, until=1_010)
+    peer.transport.datagrams.shrink_mtu()
+    ((at, sizes),) = _sizes(peer, until=1_011)
+    assert max(sent[0][1]) > 600 and max(sizes) <= mosh.FALLBACK_MTU_BYTES and at == 1_010
 
 
 def test_a_due_ack_takes_pending_data_along_without_waiting_for_the_frame() -> None:
@@ -335,7 +557,7 @@ class Sized(Note):
 
 @pytest.mark.parametrize(("full", "diff", "starts_over"), PROSPECTIVE)
 def test_a_diff_starts_from_what_is_known_where_that_costs_little(full: int, diff: int, starts_over: bool) -> None:
-    sender: mosh.Sender[Note] = mosh.Sender(Note("base"), 0, 1, mosh.RoundTrip())
+    sender: mosh.Sender[Note] = mosh.Sender(Note("base"), 0, 1, mosh.RoundTrip(), mosh.LossWindow())
     sender.sent.append(mosh.NumberedState(1, 0, Note("assumed")))
     sender.current = Sized("new")
     sender.current.sizes = (full, diff)
@@ -422,7 +644,7 @@ def test_a_duplicate_changes_nothing() -> None:
     peer.say(1, 2, ">a")
     peer.say(1, 2, ">something else")
     assert _received(peer) == before
-    assert peer.transport.remote.at == 1_000 and peer.transport.sender.peer_state_at == 1_000
+    assert peer.transport.remote.at == 1_000
 
 
 def test_a_replayed_datagram_changes_nothing() -> None:
@@ -463,7 +685,7 @@ def test_a_state_that_comes_late_is_kept_but_is_no_news() -> None:
     peer.say(1, 2, ">b")
     assert _received(peer) == [(0, ""), (1, ""), (2, "b"), (3, "c")]
     assert (peer.transport.remote.num, peer.transport.remote.at) == (3, 1_000)
-    assert peer.transport.sender.ack_num == 3 and peer.transport.sender.peer_state_at == 1_000
+    assert peer.transport.sender.ack_num == 3
     peer.say(2, 4, "b>d")
     assert peer.transport.remote.state == Note("d")
 
