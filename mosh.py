@@ -3975,7 +3975,7 @@ TRIES_MS = (0, 500, 1_500)  # after the start of a search, since the first datag
 COPY_MS = 2_500  # else the other candidates get copies this seldom, that is, with each heartbeat
 COPY_DATAGRAMS = 8  # of an instruction; one is enough to move the server
 RETRY_MS, RETRY_LIMIT_MS = 500, 60_000  # how soon to try again where the system knows no path, and for how long
-LOOKUP_MS = (2_000, 60_000)  # from the start of a search to the first look at the name; doubles up to the second
+LOOKUP_MS = (1_000, 60_000)  # from the start of a search to the first look at the name; doubles up to the second
 assert COPY_MS < ACK_INTERVAL_MS < 2 * ACK_INTERVAL_MS < SILENT_MS
 
 TYPED_LIMIT_EVENTS = 1 << 20  # typed or pasted but not acknowledged; beyond it the client's shell stops reading
@@ -4617,7 +4617,7 @@ if TYPE_CHECKING:
 LONGEST_WAIT_MS = 3_600_000
 SLEEP_MS = 1_000  # a machine that has slept for so long may be elsewhere
 LOOK_MS = 1_000  # how often at most to look at the address to send from
-NOTICE_MS = 250  # and after a notice of the kernel
+NOTICE_MS = 50  # and after a notice of the kernel
 NOTICES_PER_TURN = 1_000
 _NETLINK_GROUPS = 0x10 | 0x40 | 0x100 | 0x400  # addresses and routes of IPv4 and IPv6: linux/rtnetlink.h
 DATAGRAMS_PER_TURN = 64  # read at most this many before everything else has its turn
@@ -4987,6 +4987,7 @@ class ServerOptions:
 
     def __init__(self) -> None:
         self.bind_address = ""  # numeric; empty for any
+        self.by_ssh = False  # that is only where ssh got to, not where the user wants it
         self.ports = (FIRST_PORT, LAST_PORT)
         self.colors = 0
         self.verbose = 0
@@ -4995,9 +4996,14 @@ class ServerOptions:
 
 
 def bind_server(options: ServerOptions) -> UdpSocket:
-    """Return a socket bound to the first free port, on the address asked for or else on any. Raises BootstrapError."""
+    """Return a socket bound to the first free port, on the address asked for or else on any. Raises BootstrapError.
+
+    Stock binds to the address that ssh got to, lest answers leave from another one. Where a socket on any address
+    answers right, a client may reach us at all of them, and so may move between IPv4 and IPv6. macOS lets an IPv6
+    socket choose no source for IPv4, so there stock's way is kept.
+    """
     places = [(socket.AF_INET6, "::"), (socket.AF_INET, "0.0.0.0")]
-    if options.bind_address:
+    if options.bind_address and not (options.by_ssh and sys.platform.startswith("linux")):
         family = socket.AF_INET6 if ":" in options.bind_address else socket.AF_INET
         places.insert(0, (family, options.bind_address))
     reason: OSError | None = None
@@ -5536,7 +5542,7 @@ for name in names:
 
         # -I -S: nothing of the user's or the site's is needed. A session of its own: Ctrl-C and hang-ups are for us.
         command = [sys.executable, "-I", "-S", "-c", self._PROGRAM, *self._numbers, *self._names]
-        with contextlib.suppress(OSError):  # no memory or no Python: the addresses that are known must do
+        with contextlib.suppress(OSError, ValueError):  # no memory, no Python, no name: the known addresses must do
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                 start_new_session=True,
@@ -6453,9 +6459,9 @@ def _parse_server(program: str, words: Sequence[str]) -> ServerOptions:
         if value is None:
             _complain(f"unknown option -{letter}", _SERVER_USAGE, program)
         elif letter == "i":
-            options.bind_address = value
+            options.bind_address, options.by_ssh = value, False
         elif letter == "s":
-            options.bind_address = _address_from_ssh()
+            options.bind_address, options.by_ssh = _address_from_ssh(), True
         elif letter == "p":
             try:
                 options.ports = parse_ports(value)

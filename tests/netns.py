@@ -11,11 +11,11 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import select
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -89,6 +89,7 @@ class Networks:
                     f"link set link{number} up",
                     f"addr add 10.0.{number}.254/24 dev link{number}",
                     f"addr add fd00:{number}::254/64 dev link{number} nodad",
+                    f"addr add fe80::254/64 dev link{number} nodad",
                 )
         except BaseException:
             self.close()
@@ -115,7 +116,8 @@ class Networks:
         if "4" in families:
             lines += [f"addr add 10.0.{link}.{host}/24 dev link{link}", f"route replace default via 10.0.{link}.254"]
         if "6" in families:
-            lines += [f"addr add fd00:{link}::{host}/64 dev link{link} nodad",
+            lines += [f"addr add fe80::{host}/64 dev link{link} nodad",
+                      f"addr add fd00:{link}::{host}/64 dev link{link} nodad",
                       f"route replace ::/0 via fd00:{link}::254"]  # fmt: skip
         self._ip(self.client, *lines)
 
@@ -127,12 +129,12 @@ class Networks:
         """Change the server's addresses, in the words of ip."""
         self._ip(self.server, *lines)
 
-    def name_server(self, name: str, address: str) -> None:
-        """Let `name` mean `address` on the client's machine, from now on."""
+    def name_server(self, name: str, *addresses: str) -> None:
+        """Let `name` mean these addresses on the client's machine, from now on."""
         directory = Path("/etc/netns") / self.client
         directory.mkdir(parents=True, exist_ok=True)
         with (directory / "hosts").open("w") as hosts:  # in place, since it is bound into the running processes' view
-            hosts.write(f"127.0.0.1 localhost\n{address} {name}\n")
+            hosts.write("".join(f"{address} {name}\n" for address in addresses))
         (directory / "nsswitch.conf").write_text("hosts: files\n")
 
     # -- what runs there
@@ -175,21 +177,21 @@ class Watcher:
 
     def seen(self, since: float = 0.0) -> list[Seen]:
         """All datagrams since a time of `time.monotonic`."""
-        *lines, self._rest = (self._rest + (os.read(self._pipe.fileno(), 1 << 20) if self._waiting() else b"")).split(
-            b"\n"
-        )
+        more = os.read(self._pipe.fileno(), 1 << 20) if self._waiting() else b""
+        *lines, self._rest = (self._rest + more).split(b"\n")
         self._seen += [Seen(*json.loads(line)) for line in lines]
         return [one for one in self._seen if one.at >= since]
 
     def _waiting(self) -> bool:
-        import select
-
         return bool(select.select([self._pipe], [], [], 0)[0])
 
-    def wait_first(self, since: float, seconds: float = COMMAND_SECONDS, *, up: bool = True) -> Seen:
-        """The first datagram since a time, from the client unless `up` is False."""
-        wait_until(lambda: any(one.up == up for one in self.seen(since)), seconds, "a datagram")
-        return next(one for one in self.seen(since) if one.up == up)
+    def wait_first(self, since: float, target: str = "") -> Seen:
+        """The first datagram of the client since a time, to this address of the server if one is given."""
+        wait_until(lambda: bool(self._sent(since, target)), COMMAND_SECONDS, "a datagram")
+        return self._sent(since, target)[0]
+
+    def _sent(self, since: float, target: str) -> list[Seen]:
+        return [one for one in self.seen(since) if one.up and target in ("", one.target)]
 
 
 def unavailable() -> str:
@@ -213,12 +215,3 @@ def _run(*words: str, input_text: str | None = None) -> None:
     )
     if finished.returncode:
         raise RuntimeError(f"{' '.join(words)}: {finished.stderr.strip()} {input_text or ''}")
-
-
-def elapsed_ms(since: float) -> int:
-    """Milliseconds since a time of `time.monotonic`."""
-    return round((time.monotonic() - since) * 1000)
-
-
-__all__ = ["OTHER_SERVER_4", "SERVER_4", "SERVER_6", "Networks", "Seen", "Watcher", "elapsed_ms", "unavailable"]
-Sequence  # noqa: B018
