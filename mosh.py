@@ -4617,7 +4617,7 @@ if TYPE_CHECKING:
 LONGEST_WAIT_MS = 3_600_000
 SLEEP_MS = 1_000  # a machine that has slept for so long may be elsewhere
 LOOK_MS = 1_000  # how often at most to look at the address to send from
-NOTICE_MS = 50  # and after a notice of the kernel
+NOTICE_MS = 50  # after a notice, since more follow; a first datagram too early costs 1 s of neighbour discovery
 NOTICES_PER_TURN = 1_000
 _NETLINK_GROUPS = 0x10 | 0x40 | 0x100 | 0x400  # addresses and routes of IPv4 and IPv6: linux/rtnetlink.h
 DATAGRAMS_PER_TURN = 64  # read at most this many before everything else has its turn
@@ -4818,7 +4818,7 @@ class NetworkWatch:
     """Notices that this machine may be in another network: it has slept, or it would send from another address.
 
     The kernel tells at once that something has changed, on Linux and the BSDs, and often what does not matter here; the
-    address to send from decides. Where it tells nothing, that is looked at as often as the loop turns.
+    address to send from decides, soon after. Where it tells nothing, that is looked at now and then.
     """
 
     def __init__(self, now: int) -> None:
@@ -4863,7 +4863,7 @@ class NetworkWatch:
         self._slept_ms = slept_ms
         if self._notices is not None and self._notices in ready:
             self._drain(self._notices)
-            self._check_at = max(now, self._checked_at + NOTICE_MS)
+            self._check_at = now + NOTICE_MS
         check_at = self._checked_at + LOOK_MS if self._check_at is None else self._check_at
         if not slept and now < check_at:
             return False
