@@ -537,8 +537,8 @@ class Channel:
 # further away. Only the newest datagram so far may touch a clock or an address: an old one, delayed or replayed, still
 # hands its contents up (they are idempotent), but cannot mislead about who or how far the peer is.
 #
-# Roaming is then one rule: the server answers to wherever the newest authentic datagram came from. The client needs no
-# rule: its server stays put. What it does when answers stop is to try a new local port, since NATs forget.
+# Roaming is then one rule: the server answers to wherever the newest authentic datagram came from. What a client does
+# when answers stop is to try a new local port, since NATs forget, and the server's other addresses (section 15).
 
 RTT_LIMIT_MS = 5_000  # a longer sample says that a laptop slept, not that the path is long
 RTO_MS = (50, 1_000)  # bounds of the retransmission timeout
@@ -608,7 +608,7 @@ class LossWindow:
 
     def __init__(self) -> None:
         self._came = (1 << LOSS_WINDOW) - 1
-        self.expected_seq = 0
+        self.expected_seq = 0  # one more than the newest so far
 
     def observe(self, seq: int) -> bool:
         """The datagram `seq` has come. Returns whether it is the newest so far."""
@@ -685,7 +685,7 @@ class DatagramLayer:
         self.loss = LossWindow()
         self.mtu = PathMtu(mtu_bytes)
         # whom to answer
-        self.peers: list[Address] = []  # a server has at most one; a client may start with several candidates
+        self.peers: list[Address] = []  # a server has at most one; a client may try several candidates
         self.last_heard_at: int | None = None  # arrival of the newest authentic datagram
         # timestamps
         self._saved_timestamp: int | None = None
@@ -708,7 +708,7 @@ class DatagramLayer:
             timestamp, reply = TIMESTAMPS.unpack_from(plaintext)
             self._take_timestamps(timestamp, reply, now, congested)
             self.last_heard_at = now
-            if self._is_server or source in self.peers:
+            if self._is_server:
                 self.peers = [source]
         return plaintext[TIMESTAMPS.size :]
 
@@ -1024,6 +1024,7 @@ class Sender(Generic[Local]):
         self._debt_at = now
         self._next_send_at: int | None = None
         self._next_ack_at: int = now
+        self._hurried = False
         # shutdown
         self.shutdown_at: int | None = None
         self.shutdown_tries = 0
@@ -1032,7 +1033,7 @@ class Sender(Generic[Local]):
 
     def update_timers(self, now: int) -> None:
         """Work out anew what to assume and when to send."""
-        self._assumed = self._assume(now)
+        self._assumed = self.sent[0] if self._hurried else self._assume(now)
         self.current.forget_before(self.sent[0].state)
         if self.data_ack_due:
             self._next_ack_at = min(self._next_ack_at, now + ACK_DELAY_MS)
@@ -1088,6 +1089,13 @@ class Sender(Generic[Local]):
         self._debt_at = now
         self._last_diff_bytes = len(diff)
 
+    def hurry(self, now: int) -> None:
+        """One of the ends may have moved: send at once what surely applies there, as a state of its own, so that the
+        peer takes it for news even if it has heard the contents before, and resends what it has for us.
+        """
+        self._next_ack_at = min(self._next_ack_at, now)
+        self._hurried = True
+
     def _pacing_ms(self, now: int) -> int:
         """Return how long after the last instruction the next one with something new may go out."""
         return math.ceil(self._interval_ms(now) * min(1.0, self._debt_bytes / PACING_BYTES))
@@ -1129,7 +1137,8 @@ class Sender(Generic[Local]):
 
     def _send(self, base: NumberedState[Local], diff: bytes, now: int) -> Instruction:
         last = self.sent[-1]
-        retransmission = bool(diff) and self.current == last.state  # an empty ack takes a number of its own
+        # an empty ack takes a number of its own
+        retransmission = bool(diff) and self.current == last.state and not self._hurried
         num = LAST_STATE_NUM if self.shutdown_at is not None else last.num if retransmission else last.num + 1
         if num == last.num:
             last.at = now
@@ -1145,7 +1154,7 @@ class Sender(Generic[Local]):
             self._unacked_since = now
         self._next_ack_at = now + ACK_INTERVAL_MS
         self._next_send_at = self._changed_at = None
-        self.data_ack_due = self._resend_now = False
+        self.data_ack_due = self._resend_now = self._hurried = False
         return Instruction(base.num, num, self.ack_num, self.sent[0].num, diff)
 
     # -- acks in
@@ -1350,6 +1359,11 @@ class Transport(Generic[Local, Remote]):
         if self.sender.shutdown_at is None:
             self.sender.current = state
             self.sender.update_timers(now)
+
+    def hurry(self, now: int) -> None:
+        """One of the ends may have moved: what is on its way is lost, so say anew what the other one should know."""
+        self._train.clear()
+        self.sender.hurry(now)
 
     def start_shutdown(self, now: int) -> None:
         """Tell the peer that this end is leaving; the phase becomes CLOSED when it knows or cannot be told."""
@@ -4247,6 +4261,17 @@ def prefix_titles(screen: Framebuffer, prefix: str) -> None:
 # asks to be woken at `next_timeout`, and takes the time as an argument, so a whole session with both ends, a network
 # and a user runs in one process on a simulated clock. The shells below the I/O line only wait, feed, drain and draw.
 
+# Where a client sends when answers stop; see Roaming.
+MAX_CANDIDATES = 8
+ANSWER_MS = 1_000  # an answer to something said is overdue after this and two round trips
+SILENT_MS = 6_500  # and so is any word of the server: it has left out two heartbeats
+TRIES_MS = (0, 500, 1_500)  # after the start of a search, since the first datagrams on a new network are often lost
+COPY_MS = 2_500  # else the other candidates get copies this seldom, that is, with each heartbeat
+COPY_DATAGRAMS = 8  # of an instruction; one is enough to move the server
+RETRY_MS, RETRY_LIMIT_MS = 500, 60_000  # how soon to try again where the system knows no path, and for how long
+LOOKUP_MS = (1_000, 60_000)  # from the start of a search to the first look at the name; doubles up to the second
+assert COPY_MS < ACK_INTERVAL_MS < 2 * ACK_INTERVAL_MS < SILENT_MS
+
 TYPED_LIMIT_EVENTS = 1 << 20  # typed or pasted but not acknowledged; beyond it the client's shell stops reading
 INPUT_LIMIT_BYTES = 4 << 20  # typed ahead for a program that does not read; a kernel's tty drops keys far earlier
 REPLY_LIMIT_BYTES = 1 << 16  # answers to a program that asks and does not read
@@ -4305,7 +4330,10 @@ class ServerCore:
 
     def receive_datagram(self, data: bytes, source: Address, now: int, congested: bool = False) -> None:
         """Take in one datagram. Raises PacketError, which is only worth counting."""
+        before = self.peer
         self.transport.receive_datagram(data, source, now, congested)
+        if self.peer != before:
+            self.transport.hurry(now)  # what went to the old address is lost, and the client waits for a sign
         if self.transport.remote.num != self._user_num:
             self._take_user_state(now)
 
@@ -4449,6 +4477,145 @@ class EscapeKey:
         return key in self._pass_keys
 
 
+class Roaming:
+    """Where a client sends: to which of the addresses that the server may have, and when from a new port.
+
+    While answers come, everything goes to the address that gave the last one. An answer is a round trip: it
+    acknowledges something sent since. When one is overdue, or the network is another one, a search begins: the other
+    candidates get copies of what is sent, at a bounded rate, and the first authentic answer decides. A copy is the same
+    sealed datagram, so the server takes it once, and moves only to where the fastest copy came from.
+    """
+
+    def __init__(self, candidates: Iterable[Address], now: int, *, named: bool = False) -> None:
+        """`candidates`: the likeliest first; `named`: there is a name that can be looked up for more."""
+        self._given = list(dict.fromkeys(candidates))[:MAX_CANDIDATES]
+        self._found: list[Address] = []  # what the name meant when last looked up
+        self._overheard: list[Address] = []  # at most one: where an answer came from that nobody told us of
+        self.current: Address | None = None  # what answered last
+        # the search, which goes on until something sent since its start has been acknowledged
+        self._search_since: int | None = now
+        self._tries: list[int] = []  # when to send without waiting for something to say
+        self._copy_at = now  # when the other candidates may get copies again
+        self.port_due = False
+        # what an answer is awaited to
+        self._acked_num = 0
+        self._awaiting_since: int | None = None
+        self._round_trip: RoundTrip | None = None
+        self._silent_at: int | None = None
+        # lookup
+        self._named = named
+        self._lookup_at: int | None = None
+        self._lookup_ms = LOOKUP_MS[0]
+
+    @property
+    def candidates(self) -> list[Address]:
+        """Every address to try, the current one first."""
+        current = [] if self.current is None else [self.current]
+        return list(dict.fromkeys([*current, *self._found, *self._overheard, *self._given]))[:MAX_CANDIDATES]
+
+    @property
+    def searching(self) -> bool:
+        """Whether it is not known that the current address works."""
+        return self._search_since is not None
+
+    # -- what happens
+
+    def network_changed(self, now: int) -> None:
+        """This machine has slept or has other addresses than before: nothing known about the path holds."""
+        self._search(now)
+        self.port_due = True
+
+    def path_failed(self, now: int, *, reached: bool) -> None:
+        """There is no path from here to the first target; `reached`: but to another one."""
+        if self._search_since is None:
+            self._search(now)
+        elif not reached and not self._tries and now - self._search_since < RETRY_LIMIT_MS:
+            self._tries = [now + RETRY_MS]  # costs the network nothing
+
+    def heard(self, source: Address, now: int, round_trip_at: int | None) -> None:
+        """The newest authentic datagram came from `source`; `round_trip_at`: see DatagramLayer."""
+        if self._search_since is None:
+            return
+        answered = round_trip_at is not None and round_trip_at >= self._search_since
+        if source in self.candidates:
+            self.current, self._tries = source, []
+        elif self.current is None:  # a host that answers from another of its addresses
+            self.current = self._given[0] if answered else None
+        elif not answered and now - self._search_since > self._patience_ms():
+            self._overheard = [source]  # security: only now, or a relay on the way could draw a session to itself
+        if answered:
+            self._search_since = self._awaiting_since = self._lookup_at = None
+            self._tries = []
+
+    def found(self, addresses: Iterable[Address], now: int) -> None:
+        """The name has been looked up."""
+        before = self.candidates
+        self._found = list(dict.fromkeys(addresses))[: MAX_CANDIDATES // 2]
+        if self.searching and not set(self._found) <= set(before):
+            self._tries, self._copy_at = [now], now
+
+    def update(self, transport: Transport[Any, Any], now: int) -> None:
+        """Begin to search if an answer is overdue; make `transport` send if it is time to try."""
+        sender = transport.sender
+        acked = sender.sent[0]
+        if acked.num != self._acked_num or sender.current == acked.state:
+            self._acked_num, self._awaiting_since = acked.num, None
+        if self._awaiting_since is None and sender.current != acked.state:
+            self._awaiting_since = now
+        self._round_trip = transport.datagrams.round_trip
+        heard_at = transport.datagrams.last_heard_at
+        self._silent_at = None if heard_at is None else heard_at + SILENT_MS
+        overdue_at = self._overdue_at()
+        if overdue_at is not None and now >= overdue_at:
+            self._search(now)
+        if self._tries and now >= self._tries[0]:
+            self._tries.pop(0)
+            self._copy_at = now
+            transport.hurry(now)
+
+    def _search(self, now: int) -> None:
+        self._search_since = self._copy_at = now
+        self._tries = [now + ms for ms in TRIES_MS]
+        self._lookup_ms = LOOKUP_MS[0]
+        self._lookup_at = now + self._lookup_ms if self._named and self.current is not None else None
+
+    # -- what to do
+
+    def targets(self, now: int) -> list[Address]:
+        """Return where to send what is sent now, the current address first; asked once for all of it."""
+        if self.current is not None and (self._search_since is None or now < self._copy_at):
+            return [self.current]
+        self._copy_at = now + COPY_MS
+        return self.candidates
+
+    def wants_lookup(self, now: int) -> bool:
+        """Return whether it is time to look the name up, and choose the next time."""
+        if self._lookup_at is None or now < self._lookup_at:
+            return False
+        self._lookup_ms = min(2 * self._lookup_ms, LOOKUP_MS[1])
+        self._lookup_at = now + self._lookup_ms
+        return True
+
+    # -- timers
+
+    def next_timeout(self) -> int | None:
+        """Return when update and wants_lookup have to be asked next."""
+        deadlines = (self._overdue_at(), self._lookup_at, *self._tries[:1])
+        return min((deadline for deadline in deadlines if deadline is not None), default=None)
+
+    def _overdue_at(self) -> int | None:
+        """When an answer will be overdue, None while that is known or nothing has been heard ever."""
+        if self._search_since is not None or self._silent_at is None:
+            return None
+        if self._awaiting_since is None:
+            return self._silent_at
+        return min(self._silent_at, self._awaiting_since + self._patience_ms())
+
+    def _patience_ms(self) -> int:
+        """How long an answer may take that is sure to be asked for several times meanwhile."""
+        return ANSWER_MS + (0 if self._round_trip is None else int(2 * self._round_trip.srtt_ms))
+
+
 class ClientCore:
     """The client's end: keys and window sizes in, frames for the user's terminal out, datagrams both ways."""
 
@@ -4468,11 +4635,13 @@ class ClientCore:
         title_prefix: str = TITLE_PREFIX,
         display: Display | None = None,
         mtu_bytes: int = MTU_BYTES["IPv4"],
+        named: bool = False,
     ) -> None:
-        """`peers`: every address the server may have; `port`: its UDP port, for messages."""
+        """`peers`: every address the server may have; `port`: its UDP port, for messages; `named`: see Roaming."""
         emulator = Emulator(width, height)
         datagrams = DatagramLayer(channel, now, is_server=False, mtu_bytes=mtu_bytes)
-        datagrams.peers = list(peers)
+        self.roaming = Roaming(peers, now, named=named)
+        datagrams.peers = self.roaming.candidates
         self.transport: Transport[UserStream, TerminalState] = Transport(
             datagrams,
             UserStream(),
@@ -4506,8 +4675,11 @@ class ClientCore:
 
     def receive_datagram(self, data: bytes, source: Address, now: int, congested: bool = False) -> None:
         """Take in one datagram. Raises PacketError, which is worth a line to the user if it is authentic."""
-        was_connecting = self.is_connecting
+        was_connecting, datagrams = self.is_connecting, self.transport.datagrams
+        expected_seq = datagrams.loss.expected_seq
         self.transport.receive_datagram(data, source, now, congested)
+        if datagrams.loss.expected_seq != expected_seq:
+            self.roaming.heard(source, now, datagrams.last_round_trip_at)
         if was_connecting and self.phase is Phase.CONNECTED and not self._in_command:
             self.bar.set_message("", now, permanent=True)  # the notice of a missing answer
         self.bar.last_heard_at = self.transport.remote.at
@@ -4607,9 +4779,21 @@ class ClientCore:
     # -- bytes out
 
     def datagrams_to_send(self, now: int) -> list[bytes]:
-        """Return the datagrams that are due, each for every address in `peers`."""
+        """Return the datagrams that are due, for the first address in `peers`; others get COPY_DATAGRAMS of them."""
         self._update_notices(now)
-        return self.transport.datagrams_to_send(now)
+        self.roaming.update(self.transport, now)
+        datagrams = self.transport.datagrams_to_send(now)
+        if datagrams:
+            self.transport.datagrams.peers = self.roaming.targets(now)
+        return datagrams
+
+    def takes_new_port(self, now: int) -> bool:
+        """Return whether to send from another local port from now on, and count that as done; ask before sending."""
+        if not self.roaming.port_due and not self.transport.datagrams.wants_new_port(now):
+            return False
+        self.roaming.port_due = False
+        self.transport.datagrams.port_chosen(now)
+        return True
 
     def frame_to_draw(self, now: int) -> bytes:
         """Return what to write to the user's terminal, empty if it is up to date."""
@@ -4639,9 +4823,7 @@ class ClientCore:
     def next_timeout(self) -> int:
         """Return when datagrams_to_send and frame_to_draw have to be asked next."""
         deadlines: list[int] = [self.bar.next_timeout(self._drawn_at)]
-        transport_at = self.transport.next_timeout()
-        if transport_at is not None:
-            deadlines.append(transport_at)
+        deadlines += [at for at in (self.transport.next_timeout(), self.roaming.next_timeout()) if at is not None]
         wake_ms = self.engine.wake_ms()
         if wake_ms is not None:
             deadlines.append(self._drawn_at + wake_ms)
@@ -4678,7 +4860,7 @@ class ClientCore:
 
     @property
     def peers(self) -> list[Address]:
-        """Where to send: all candidates until one of them has answered, then that one."""
+        """Where to send what datagrams_to_send has just returned."""
         return self.transport.datagrams.peers
 
     @property
@@ -4722,12 +4904,27 @@ if TYPE_CHECKING:
 # ======================================================================================================================
 # Each end is one loop: wait for a descriptor, a signal or the core's deadline; feed the core; send what it has to send.
 # `select` serves, since a loop watches a handful of descriptors and other pollers refuse some terminals on macOS.
+#
+# A host may have several addresses. A socket bound to any of them learns with each datagram which one it came to, and
+# answers from that one (RFC 3542 section 6; IP_PKTINFO): another source would not pass the client's firewall or NAT.
 
 LONGEST_WAIT_MS = 3_600_000
+SLEEP_MS = 1_000  # a machine that has slept for so long may be elsewhere
+LOOK_MS = 1_000  # how often at most to look at the address to send from
+NOTICE_MS = 50  # after a notice, since more follow; a first datagram too early costs 1 s of neighbour discovery
+NOTICES_PER_TURN = 1_000
+_NETLINK_GROUPS = 0x10 | 0x40 | 0x100 | 0x400  # addresses and routes of IPv4 and IPv6: linux/rtnetlink.h
 DATAGRAMS_PER_TURN = 64  # read at most this many before everything else has its turn
 _ECN_CAPABLE = 0x02  # IP TOS: ECT(0), RFC 3168
 _ECN_CONGESTED = 0x03
 _LINUX_IP_RECVTOS, _LINUX_IP_MTU_DISCOVER = 13, 10  # not in Python's socket module before 3.10 and 3.12
+# Not in it before 3.12: the option that asks for a datagram's own address, and the kind of what then comes with it.
+_IP_PKTINFO = {"linux": 8, "darwin": 26}.get(sys.platform)
+_IPV6_RECVPKTINFO = getattr(socket, "IPV6_RECVPKTINFO", None)
+_IPV6_PKTINFO = getattr(socket, "IPV6_PKTINFO", None)
+_PKTINFO_4 = struct.Struct("=I4s4s")  # interface, our address, the datagram's target: struct in_pktinfo
+_PKTINFO_6 = struct.Struct("=16sI")  # the datagram's target, interface: struct in6_pktinfo
+_ANCILLARY_BYTES = socket.CMSG_SPACE(4) + socket.CMSG_SPACE(_PKTINFO_6.size)  # the largest that a datagram can bring
 _IUTF8 = getattr(termios, "IUTF8", 0x4000)  # not in Python's termios module before 3.12; Linux and macOS agree
 _FAMILY_NAMES = {socket.AF_INET: "IPv4", socket.AF_INET6: "IPv6"}
 
@@ -4778,11 +4975,49 @@ def disable_core_dumps() -> tuple[int, int] | None:
     return soft, hard
 
 
+class SendFailure(Enum):
+    """What it means to the session that the system has refused to send a datagram."""
+
+    TOO_BIG = auto()  # for the path: send smaller ones
+    NO_PATH = auto()  # there is no way to that address from here, at present: try other ones
+    LOST = auto()  # as good as lost on the way, which SSP expects
+    REFUSED = auto()  # by a rule of this machine, or for a reason unknown: the user should read it
+
+
+_SEND_FAILURES = {
+    errno.EMSGSIZE: SendFailure.TOO_BIG,
+    errno.ENETUNREACH: SendFailure.NO_PATH,
+    errno.EHOSTUNREACH: SendFailure.NO_PATH,
+    errno.ENETDOWN: SendFailure.NO_PATH,
+    errno.EHOSTDOWN: SendFailure.NO_PATH,
+    errno.EADDRNOTAVAIL: SendFailure.NO_PATH,  # no address of ours has that family or scope
+    errno.EAFNOSUPPORT: SendFailure.NO_PATH,  # this machine does not speak that family
+    errno.EINVAL: SendFailure.NO_PATH,  # the interface of a scoped address has gone
+    errno.ENODEV: SendFailure.NO_PATH,
+    errno.ENXIO: SendFailure.NO_PATH,
+    errno.EAGAIN: SendFailure.LOST,  # the queue of the interface is full
+    errno.ENOBUFS: SendFailure.LOST,
+    errno.ENOMEM: SendFailure.LOST,
+    errno.ECONNREFUSED: SendFailure.LOST,  # what an earlier datagram met
+    errno.ECONNRESET: SendFailure.LOST,
+}
+
+
+def send_failure(error: OSError) -> SendFailure:
+    """Return what an error of UdpSocket.send, or of making a socket, means."""
+    return _SEND_FAILURES.get(error.errno or 0, SendFailure.REFUSED)
+
+
 class UdpSocket:
-    """A UDP socket with the options both ends use."""
+    """A UDP socket with the options both ends use.
+
+    Addresses are the system's. On a socket bound to any address, what the datagram came to follows in the same tuple,
+    as the ancillary data that makes an answer leave from there.
+    """
 
     def __init__(self, family: int) -> None:
         self.family = family
+        self._tells_target = False
         self._socket = socket.socket(family, socket.SOCK_DGRAM)
         self._socket.setblocking(False)
         self._set_option(socket.IPPROTO_IP, socket.IP_TOS, _ECN_CAPABLE)
@@ -4798,10 +5033,21 @@ class UdpSocket:
             self._socket.setsockopt(level, option, value)
 
     def bind(self, host: str, port: int) -> None:
-        """Bind to a numeric address. An IPv6 wildcard takes IPv4 too. Raises OSError."""
+        """Bind to a numeric address, perhaps with a scope. An IPv6 wildcard takes IPv4 too. Raises OSError."""
         if self.family == socket.AF_INET6:
             self._set_option(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         self._socket.bind((host, port))
+        if host in ("::", "0.0.0.0"):
+            self._ask_for_targets()
+
+    def _ask_for_targets(self) -> None:
+        level, option = socket.IPPROTO_IP, _IP_PKTINFO
+        if self.family == socket.AF_INET6:
+            level, option = socket.IPPROTO_IPV6, _IPV6_RECVPKTINFO
+        if option is not None:  # where the system has neither it chooses the source of an answer itself
+            with contextlib.suppress(OSError):
+                self._socket.setsockopt(level, option, 1)
+                self._tells_target = True
 
     @property
     def port(self) -> int:
@@ -4813,24 +5059,126 @@ class UdpSocket:
         return self._socket.fileno()
 
     def send(self, data: bytes, address: Address) -> None:
-        """Send one datagram. Raises OSError."""
-        self._socket.sendto(data, address)
+        """Send one datagram. Raises OSError; see send_failure."""
+        if self._tells_target:
+            *address, source = address
+            try:
+                self._socket.sendmsg([data], [source] if source else [], 0, tuple(address))
+                return
+            except OSError as error:
+                if not source or send_failure(error) is not SendFailure.NO_PATH:
+                    raise
+        self._socket.sendto(data, tuple(address))  # the address that it should leave from may have gone
 
     def receive(self) -> tuple[bytes, Address, bool] | None:
         """Return (payload, source, congestion mark) of one datagram, None if there is none."""
         try:
-            data, ancillary, _flags, source = self._socket.recvmsg(RECEIVE_LIMIT_BYTES + 1, socket.CMSG_SPACE(4))
+            data, ancillary, _flags, source = self._socket.recvmsg(RECEIVE_LIMIT_BYTES + 1, _ANCILLARY_BYTES)
         except OSError:  # nothing there, or an ICMP error that a datagram of ours provoked
             return None
         congested = False
-        for level, _kind, value in ancillary:
-            if level == socket.IPPROTO_IP and value:
+        target = None
+        for level, kind, value in ancillary:
+            if (level, kind) == (socket.IPPROTO_IP, _IP_PKTINFO) and len(value) == _PKTINFO_4.size:
+                target = level, kind, _PKTINFO_4.pack(0, _PKTINFO_4.unpack(value)[1], b"")  # by whatever interface
+            elif (level, kind) == (socket.IPPROTO_IPV6, _IPV6_PKTINFO) and len(value) == _PKTINFO_6.size:
+                target = level, kind, _PKTINFO_6.pack(_PKTINFO_6.unpack(value)[0], 0)
+            elif level == socket.IPPROTO_IP and value:
                 congested = value[0] & _ECN_CONGESTED == _ECN_CONGESTED
-        return data, source, congested
+        return data, (*source, target) if self._tells_target else source, congested
 
     def close(self) -> None:
         """Close it."""
         self._socket.close()
+
+
+def local_address(family: int, address: Address) -> str:
+    """Return what datagrams to `address` would leave from, empty if there is no path. Nothing is sent."""
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(address)
+            return str(probe.getsockname()[0])
+    except OSError:
+        return ""
+
+
+def _slept_ms() -> int:
+    """Return how long this machine has slept since it was started, which monotonic_ms leaves out."""
+    clock = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)  # macOS lacks the first; its second goes on in sleep
+    return time.clock_gettime_ns(clock) // 1_000_000 - monotonic_ms()
+
+
+class NetworkWatch:
+    """Notices that this machine may be in another network: it has slept, or it would send from another address.
+
+    The kernel tells at once that something has changed, on Linux and the BSDs, and often what does not matter here; the
+    address to send from decides, soon after. Where it tells nothing, that is looked at now and then.
+    """
+
+    def __init__(self, now: int) -> None:
+        self._notices = self._kernel_notices()
+        self._sources: dict[Any, str] = {}
+        self._checked_at = now - LOOK_MS
+        self._check_at: int | None = None  # after a notice
+        self._slept_ms = _slept_ms()
+
+    @staticmethod
+    def _kernel_notices() -> socket.socket | None:
+        """Return a socket that becomes readable when addresses or routes change, None where there is none."""
+        netlink = getattr(socket, "AF_NETLINK", None)
+        family = getattr(socket, "AF_ROUTE", None) if netlink is None else netlink
+        if family is None:
+            return None
+        try:
+            notices = socket.socket(family, socket.SOCK_RAW, 0)
+        except OSError:  # as in the sandboxes of some phones
+            return None
+        try:
+            notices.setblocking(False)
+            if netlink is not None:
+                notices.bind((0, _NETLINK_GROUPS))
+        except OSError:
+            notices.close()
+            return None
+        return notices
+
+    def readable(self) -> list[socket.socket]:
+        """What to wait for; nothing until a notice has been looked into, so that many cost no more than one."""
+        return [] if self._notices is None or self._check_at is not None else [self._notices]
+
+    def next_timeout(self) -> int | None:
+        """Return when `changed` has to be asked next."""
+        return self._check_at
+
+    def changed(self, targets: Iterable[tuple[int, Address]], ready: Iterable[Any], now: int) -> bool:
+        """Return whether the path to one of `targets`, (family, address) each, can no longer be what it was."""
+        slept_ms = _slept_ms()
+        slept = slept_ms - self._slept_ms > SLEEP_MS
+        self._slept_ms = slept_ms
+        if self._notices is not None and self._notices in ready:
+            self._drain(self._notices)
+            self._check_at = now + NOTICE_MS
+        check_at = self._checked_at + LOOK_MS if self._check_at is None else self._check_at
+        if not slept and now < check_at:
+            return False
+        self._checked_at, self._check_at = now, None
+        before, self._sources = self._sources, {target: local_address(*target) for target in targets}
+        return slept or any(before.get(target, source) != source for target, source in self._sources.items())
+
+    @staticmethod
+    def _drain(notices: socket.socket) -> None:
+        for _ in range(NOTICES_PER_TURN):
+            try:
+                notices.recv(1)  # the rest of it is dropped
+            except BlockingIOError:
+                return
+            except OSError:  # ENOBUFS: more than fitted
+                continue
+
+    def close(self) -> None:
+        """Let go of it."""
+        if self._notices is not None:
+            self._notices.close()
 
 
 class Signals:
@@ -4933,6 +5281,7 @@ class ServerOptions:
 
     def __init__(self) -> None:
         self.bind_address = ""  # numeric; empty for any
+        self.by_ssh = False  # that is only where ssh got to, not where the user wants it
         self.ports = (FIRST_PORT, LAST_PORT)
         self.colors = 0
         self.verbose = 0
@@ -4941,9 +5290,14 @@ class ServerOptions:
 
 
 def bind_server(options: ServerOptions) -> UdpSocket:
-    """Return a socket bound to the first free port, on the address asked for or else on any. Raises BootstrapError."""
+    """Return a socket bound to the first free port, on the address asked for or else on any. Raises BootstrapError.
+
+    Stock binds to the address that ssh got to, lest answers leave from another one. Where a socket on any address
+    answers right, a client may reach us at all of them, and so may move between IPv4 and IPv6. macOS lets an IPv6
+    socket choose no source for IPv4, so there stock's way is kept.
+    """
     places = [(socket.AF_INET6, "::"), (socket.AF_INET, "0.0.0.0")]
-    if options.bind_address:
+    if options.bind_address and not (options.by_ssh and sys.platform.startswith("linux")):
         family = socket.AF_INET6 if ":" in options.bind_address else socket.AF_INET
         places.insert(0, (family, options.bind_address))
     reason: OSError | None = None
@@ -5210,7 +5564,7 @@ class Server:
             try:
                 self._udp.send(datagram, self._core.peer)
             except OSError as error:
-                if error.errno == errno.EMSGSIZE:
+                if send_failure(error) is SendFailure.TOO_BIG:
                     self._core.transport.datagrams.shrink_mtu()
                 self._log(f"sendto: {error.strerror}")
         if self._core.datagrams_sent(now):
@@ -5333,6 +5687,8 @@ def _logger(verbose: int) -> Callable[[str], None]:
 # terminal can do comes from terminfo; nearly all sequences are plain ECMA-48, which every terminal in use understands.
 
 KEYBOARD_READ_BYTES = 16_384
+LOOKUP_LIMIT_MS = 10_000  # a resolver that has not answered by then gets another chance later
+LOOKUP_LIMIT_BYTES = 16_384
 _CLOSE_SEQUENCES = b"\x1b[?1l\x1b[0m\x1b[?25h" + b"".join(
     b"\x1b[?%dl" % mode for mode in (1003, 1002, 1001, 1000, 9, 1015, 1006, 1005, 1004, 2004)
 )
@@ -5443,7 +5799,86 @@ class Candidate:
         return hash((self.family, self.sockaddr))
 
     def __str__(self) -> str:
-        return str(self.sockaddr[0])
+        try:
+            return socket.getnameinfo(self.sockaddr, socket.NI_NUMERICHOST | socket.NI_NUMERICSERV)[0]
+        except OSError:  # the interface that its scope names has gone
+            return str(self.sockaddr[0])
+
+
+class Lookup:
+    """Asks what the names of the server mean now, in a process of its own, since an answer may take many seconds."""
+
+    _PROGRAM = """
+import socket, sys
+family, port, *names = sys.argv[1:]
+for name in names:
+    try:
+        found = socket.getaddrinfo(name, int(port), int(family), socket.SOCK_DGRAM)
+    except (OSError, UnicodeError):
+        continue
+    for family_found, _, _, _, address in found:
+        print(int(family_found), *address)
+"""
+
+    def __init__(self, names: Iterable[str], port: int, family: int = 0) -> None:
+        """`family`: the only one wanted, 0 for any."""
+        self._names = list(dict.fromkeys(names))
+        self._numbers = str(int(family)), str(port)
+        self._process: subprocess.Popen[bytes] | None = None
+        self._output = b""
+        self._limit_at = 0
+
+    def start(self, now: int) -> None:
+        """Begin to ask, unless an answer is still awaited."""
+        if self._process is not None:
+            return
+        import subprocess  # 7 ms, unless the login has
+
+        # -I -S: nothing of the user's or the site's is needed. A session of its own: Ctrl-C and hang-ups are for us.
+        command = [sys.executable, "-I", "-S", "-c", self._PROGRAM, *self._numbers, *self._names]
+        with contextlib.suppress(OSError, ValueError):  # no memory, no Python, no name: the known addresses must do
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )  # fmt: skip
+            self._output, self._limit_at = b"", now + LOOKUP_LIMIT_MS
+
+    def readable(self) -> list[Any]:
+        """What to wait for."""
+        return [] if self._process is None else [self._process.stdout]
+
+    def next_timeout(self) -> int | None:
+        """Return when `answer` has to be asked even if nothing has become readable."""
+        return None if self._process is None else self._limit_at
+
+    def answer(self, ready: Iterable[Any], now: int) -> list[Candidate]:
+        """Return what was found, once all of it is there; until then, and if nothing was, an empty list."""
+        if self._process is None or self._process.stdout is None:
+            return []
+        if self._process.stdout in ready:
+            chunk = os.read(self._process.stdout.fileno(), LOOKUP_LIMIT_BYTES)
+            self._output += chunk
+            if chunk and len(self._output) < LOOKUP_LIMIT_BYTES:
+                return []
+        elif now < self._limit_at:
+            return []
+        self.close()
+        found = []
+        for line in self._output.decode("ascii", "replace").splitlines():
+            with contextlib.suppress(ValueError):  # a line cut short
+                family, host, *numbers = line.split()
+                if int(family) in _FAMILY_NAMES:
+                    found.append(Candidate(int(family), (host, *map(int, numbers))))
+        return found
+
+    def close(self) -> None:
+        """Do not wait for an answer any more."""
+        if self._process is not None:
+            assert self._process.stdout is not None
+            self._process.kill()
+            self._process.wait()
+            self._process.stdout.close()
+            self._process = None
 
 
 class ClientSockets:
@@ -5470,6 +5905,12 @@ class ClientSockets:
             self.all.pop(0).close()
         return udp
 
+    def hop(self, families: Iterable[int]) -> None:
+        """Send from another local port from now on; where that fails, from the old one."""
+        for family in families:
+            with contextlib.suppress(OSError):
+                self.open(family)
+
     def close_old(self) -> None:
         """Close all but the newest of each family."""
         newest = {udp.family: udp for udp in self.all}
@@ -5488,12 +5929,14 @@ class ClientSockets:
 class Client:
     """The loop that joins a ClientCore with the user's terminal and the network."""
 
-    def __init__(self, core: ClientCore, terminal: RawTerminal, *, asks: bool) -> None:
+    def __init__(self, core: ClientCore, terminal: RawTerminal, lookup: Lookup, *, asks: bool) -> None:
         """`asks`: the terminal may be asked what it can do."""
         self._core = core
         self._terminal = terminal
         self._asks = asks
         self._sockets = ClientSockets()
+        self._network = NetworkWatch(monotonic_ms())
+        self._lookup = lookup
         self._signals = Signals(
             signal.SIGWINCH, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGPIPE, signal.SIGCONT
         )
@@ -5510,6 +5953,8 @@ class Client:
     def close(self) -> None:
         """Let go of everything but the terminal, which has been given back."""
         self._sockets.close()
+        self._network.close()
+        self._lookup.close()
         self._signals.close()
 
     def _serve(self) -> None:
@@ -5520,9 +5965,12 @@ class Client:
             self._send(monotonic_ms())
             if core.phase is Phase.CLOSED:
                 return
-            readable = [*self._sockets.all, self._signals] + [0] * (self._stdin_open and core.takes_keys)
-            ready = waiter.wait(readable, (), core.next_timeout())
+            readable = [*self._sockets.all, self._signals, *self._network.readable(), *self._lookup.readable()]
+            readable += [0] * (self._stdin_open and core.takes_keys)
+            deadlines = (core.next_timeout(), self._network.next_timeout(), self._lookup.next_timeout())
+            ready = waiter.wait(readable, (), min(at for at in deadlines if at is not None))
             now = monotonic_ms()
+            self._follow_network(ready, now)
             for udp in self._sockets.all:
                 if udp in ready:
                     self._receive(udp, now)
@@ -5538,6 +5986,17 @@ class Client:
             write_all(1, frame)
 
     # -- network
+
+    def _follow_network(self, ready: set[Any], now: int) -> None:
+        roaming = self._core.roaming
+        targets = [(candidate.family, candidate.sockaddr) for candidate in roaming.candidates]
+        if self._network.changed(targets, ready, now):
+            roaming.network_changed(now)
+        if roaming.wants_lookup(now):
+            self._lookup.start(now)
+        found = self._lookup.answer(ready, now)
+        if found:
+            roaming.found(found, now)
 
     def _receive(self, udp: UdpSocket, now: int) -> None:
         for _ in range(DATAGRAMS_PER_TURN):
@@ -5555,26 +6014,31 @@ class Client:
         datagrams = core.datagrams_to_send(now)
         if not datagrams:
             return
-        failure: OSError | None = None
-        reached = False
-        for candidate in core.peers:
-            try:
-                for datagram in datagrams:
-                    self._sockets.send(datagram, candidate)
-                reached = True
-            except OSError as error:
-                failure = error
-                if error.errno == errno.EMSGSIZE:
-                    core.transport.datagrams.shrink_mtu()
-        if failure is not None and not reached:
-            core.note_network_error(f"sendto: {failure.strerror}", now)
-        else:
+        if core.takes_new_port(now):
+            self._sockets.hop({candidate.family for candidate in core.peers})
+        errors = [
+            self._send_to(candidate, datagrams if i == 0 else datagrams[:COPY_DATAGRAMS])
+            for i, candidate in enumerate(core.peers)
+        ]
+        failures = [error and send_failure(error) for error in errors]
+        reached = None in failures or SendFailure.LOST in failures or SendFailure.TOO_BIG in failures
+        if SendFailure.TOO_BIG in failures:
+            core.transport.datagrams.shrink_mtu()
+        if failures[0] is SendFailure.NO_PATH:
+            core.roaming.path_failed(now, reached=reached)
+        if reached:
             core.bar.network_works(now)
-        if core.transport.datagrams.wants_new_port(now):
-            core.transport.datagrams.port_chosen(now)
-            with contextlib.suppress(OSError):
-                for family in {candidate.family for candidate in core.peers}:
-                    self._sockets.open(family)
+        elif errors[0] is not None:
+            core.note_network_error(f"sendto: {errors[0].strerror}", now)
+
+    def _send_to(self, candidate: Candidate, datagrams: Iterable[bytes]) -> OSError | None:
+        """Send to one address. Returns the first error, behind which nothing is sent."""
+        try:
+            for datagram in datagrams:
+                self._sockets.send(datagram, candidate)
+        except OSError as error:
+            return error
+        return None
 
     # -- user
 
@@ -5607,6 +6071,7 @@ class Client:
         arrived = self._signals.take()
         if signal.SIGCONT in arrived:
             self._resume(now)
+            self._core.roaming.network_changed(now)  # nobody knows for how long we were stopped
         elif signal.SIGWINCH in arrived:
             self._core.resize(*window_size(0), now)
         if arrived & {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGPIPE}:
@@ -5620,13 +6085,19 @@ def run_client(
     options: ClientOptions,
     terminfo: Terminfo,
     make_cipher: Callable[[bytes], Cipher],
+    names: Iterable[str] = (),
+    family: int = socket.AF_UNSPEC,
 ) -> int:
-    """Run a session in this terminal. Returns the exit status: 0 if both ends agreed that it is over."""
+    """Run a session in this terminal. Returns the exit status: 0 if both ends agreed that it is over.
+
+    `names`: what to look up again, for addresses of `family`, when the server is no longer where it was.
+    """
     disable_core_dumps()
     terminal = RawTerminal(terminfo, options.init)
     channel = Channel(make_cipher(key.raw), TO_SERVER)
-    core = _make_client_core(channel, candidates, port, options, terminfo)
-    client = Client(core, terminal, asks=terminfo.title)
+    names = list(names)
+    core = _make_client_core(channel, candidates, port, options, terminfo, named=bool(names))
+    client = Client(core, terminal, Lookup(names, port, family), asks=terminfo.title)
     try:
         client.run()
     finally:
@@ -5656,9 +6127,16 @@ mosh-server process may still be running on the server."""
 
 
 def _make_client_core(
-    channel: Channel, candidates: Sequence[Candidate], port: int, options: ClientOptions, terminfo: Terminfo
+    channel: Channel,
+    candidates: Sequence[Candidate],
+    port: int,
+    options: ClientOptions,
+    terminfo: Terminfo,
+    *,
+    named: bool,
 ) -> ClientCore:
     width, height = window_size(0)
+    families = {candidate.family for candidate in candidates} | ({socket.AF_INET6} if named else set())
     return ClientCore(
         channel,
         monotonic_ms(),
@@ -5672,7 +6150,8 @@ def _make_client_core(
         escape_key=EscapeKey(environment_bytes("MOSH_ESCAPE_KEY")),
         title_prefix="" if "MOSH_TITLE_NOPREFIX" in os.environ else TITLE_PREFIX,
         display=Display(ech=terminfo.ech, bce=terminfo.bce, title=terminfo.title, hide_cursor=True),
-        mtu_bytes=min(MTU_BYTES[_FAMILY_NAMES[socket.AddressFamily(candidate.family)]] for candidate in candidates),
+        mtu_bytes=min(MTU_BYTES[_FAMILY_NAMES[socket.AddressFamily(family)]] for family in families),
+        named=named,
     )
 
 
@@ -5833,6 +6312,7 @@ class Login:
         self._options = options
         self._arguments = server_arguments(options, colors, os.environ)
         self.announcement = Announcement()
+        self.names: list[str] = []  # what may be looked up again if the server moves
         self._process: subprocess.Popen[bytes] | None = None
         self._lookup: subprocess.Popen[bytes] | None = None
 
@@ -5946,9 +6426,10 @@ class Login:
         names = [self.announcement.address] if self.announcement.address else []
         if self._lookup is not None:
             names.append(self._looked_up_name())
+        self.names = [name for name in names if name]
         candidates: dict[Candidate, None] = {}
         reasons: list[str] = []
-        for name in filter(None, names):
+        for name in self.names:
             try:
                 candidates.update(dict.fromkeys(resolve(name, self.announcement.port, self._options.family)))
             except BootstrapError as error:
@@ -6210,7 +6691,10 @@ def wrapper_main(words: Sequence[str]) -> int:
         if arguments.client:
             _exec_client(arguments.client, key_text, candidates[0], port, client_options)
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # ssh ends by itself and need not be waited for
-        return run_client(Key.from_text(key_text), candidates, port, client_options, terminfo, make_cipher)
+        return run_client(
+            Key.from_text(key_text), candidates, port, client_options, terminfo, make_cipher,
+            names=login.names, family=_FAMILY_NUMBERS.get(login_options.family, socket.AF_UNSPEC),
+        )  # fmt: skip
     finally:
         login.close()
 
@@ -6269,9 +6753,9 @@ def _parse_server(program: str, words: Sequence[str]) -> ServerOptions:
         if value is None:
             _complain(f"unknown option -{letter}", _SERVER_USAGE, program)
         elif letter == "i":
-            options.bind_address = value
+            options.bind_address, options.by_ssh = value, False
         elif letter == "s":
-            options.bind_address = _address_from_ssh()
+            options.bind_address, options.by_ssh = _address_from_ssh(), True
         elif letter == "p":
             try:
                 options.ports = parse_ports(value)

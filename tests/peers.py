@@ -149,13 +149,17 @@ class Server:
 
 
 def start_server(
-    kind: Kind, env: Mapping[str, str], *options: str, command: Sequence[str] = SHELL_COMMAND
+    kind: Kind,
+    env: Mapping[str, str],
+    *options: str,
+    command: Sequence[str] = SHELL_COMMAND,
+    prefix: Sequence[str] = (),
 ) -> Server:
-    """Start a server and read its announcement; end it with `end_process(server.pid)`.
+    """Start a server and read its announcement; end it with `end_process(server.pid)`. `prefix`: words to run it with.
 
     Raises RuntimeError with everything it printed if it did not announce itself and detach.
     """
-    words = server_command(kind, *options, command=command)
+    words = [*prefix, *server_command(kind, *options, command=command)]
     process = subprocess.Popen(
         words, env=dict(env), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         start_new_session=True,
@@ -180,10 +184,14 @@ def start_server(
 
 @contextmanager
 def running_server(
-    kind: Kind, env: Mapping[str, str], *options: str, command: Sequence[str] = SHELL_COMMAND
+    kind: Kind,
+    env: Mapping[str, str],
+    *options: str,
+    command: Sequence[str] = SHELL_COMMAND,
+    prefix: Sequence[str] = (),
 ) -> Iterator[Server]:
     """A server for the length of a `with` block, ended by its process id on every way out."""
-    server = start_server(kind, env, *options, command=command)
+    server = start_server(kind, env, *options, command=command, prefix=prefix)
     try:
         yield server
     finally:

@@ -51,8 +51,8 @@ class PtyProcess:
         return self.output
 
     def send_signal(self, number: int) -> None:
-        """Send a signal to the process."""
-        self._process.send_signal(number)
+        """Send a signal to the process, which leads a group of its own, and to what it runs."""
+        os.killpg(self._process.pid, number)
 
     def wait(self) -> int:
         """Read everything, and return the exit status."""

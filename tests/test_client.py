@@ -225,6 +225,80 @@ def test_candidates_are_equal_by_value(
     assert str(mosh.Candidate(*one)) == one[1][0]
 
 
+def test_a_scope_is_part_of_how_an_address_is_written() -> None:
+    name = socket.if_indextoname(1)
+    assert str(mosh.Candidate(socket.AF_INET6, ("fe80::1", 60001, 0, 1))) == f"fe80::1%{name}"
+    assert str(mosh.Candidate(socket.AF_INET6, ("fe80::1", 60001, 0, 9_999_999))).startswith("fe80::1")
+
+
+def test_a_hop_opens_one_socket_of_each_family() -> None:
+    sockets = mosh.ClientSockets()
+    for _ in range(3 * mosh.MAX_PORTS):
+        sockets.hop([socket.AF_INET])
+        assert len(sockets.all) <= mosh.MAX_PORTS
+    newest = sockets.all[-1]
+    sockets.hop([socket.AF_INET, 9_999])  # a family that this system does not have
+    assert sockets.all[-2] is newest
+    sockets.close()
+
+
+# -- looking up a name ------------------------------------------------------------------------------------------
+
+
+def _answer(lookup: mosh.Lookup) -> list[mosh.Candidate]:
+    """What it answers in its own time."""
+    now = mosh.monotonic_ms()
+    lookup.start(now)
+    lookup.start(now)                       # while it runs another start does nothing
+    waiter = mosh.Waiter()
+    while lookup.readable():
+        ready = waiter.wait(lookup.readable(), (), lookup.next_timeout())
+        found = lookup.answer(ready, mosh.monotonic_ms())
+        if found:
+            return found
+    return []
+
+
+def test_a_name_is_looked_up_beside_the_session() -> None:
+    lookup = mosh.Lookup(["localhost", "no-such-name.invalid", "\udcff", LOOPBACK], 60001)
+    assert mosh.Candidate(socket.AF_INET, (LOOPBACK, 60001)) in _answer(lookup)
+    assert lookup.readable() == [] and lookup.next_timeout() is None
+
+
+def test_only_the_family_that_is_wanted_is_found() -> None:
+    assert _answer(mosh.Lookup([LOOPBACK], 60001, socket.AF_INET6)) == []
+    assert _answer(mosh.Lookup([LOOPBACK, "::1"], 60001, socket.AF_INET6)) == [
+        mosh.Candidate(socket.AF_INET6, ("::1", 60001, 0, 0))
+    ]
+
+
+def test_a_resolver_that_hangs_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mosh.Lookup, "_PROGRAM", "import time; time.sleep(1000)")
+    lookup = mosh.Lookup(["name"], 60001)
+    lookup.start(5_000)
+    assert lookup.next_timeout() == 5_000 + mosh.LOOKUP_LIMIT_MS
+    assert lookup.answer((), 5_000 + mosh.LOOKUP_LIMIT_MS - 1) == [] and lookup.readable()
+    process = lookup._process
+    assert process is not None
+    assert lookup.answer((), 5_000 + mosh.LOOKUP_LIMIT_MS) == [] and not lookup.readable()
+    assert process.returncode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("output", [
+    "", "x", "2", "2 1.2.3.4 port", "9999 1.2.3.4 60001", "\\xff", "2 1.2.3.4 1 " * 9_000, "é",
+])  # fmt: skip
+def test_what_is_no_address_is_not_one(output: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mosh.Lookup, "_PROGRAM", f"import sys; sys.stdout.buffer.write({output.encode()!r})")
+    lookup = mosh.Lookup(["name"], 60001)
+    assert _answer(lookup) == [] and not lookup.readable()
+    assert len(lookup._output) <= 2 * mosh.LOOKUP_LIMIT_BYTES
+
+
+@pytest.mark.parametrize("name", ["a\0b", "-x", "", "a" * 300_000])
+def test_what_is_no_name_is_not_found(name: str) -> None:
+    assert mosh.Candidate(socket.AF_INET, (LOOPBACK, 60001)) not in _answer(mosh.Lookup([name], 60001, socket.AF_INET6))
+
+
 # -- the whole client ------------------------------------------------------------------------------------------
 
 

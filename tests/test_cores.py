@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 import mosh
 from mosh import TO_CLIENT, TO_SERVER, Phase
-from simnet import HEIGHT, HOME_ADDRESS, NEW_ADDRESS, SERVER_ADDRESS, WIDTH, LineShell, Output, Screen, Simulation
+from simnet import HEIGHT, HOME_ADDRESS, NEW_ADDRESS, SERVER_ADDRESS, WIDTH, End, LineShell, Output, Screen, Simulation
 
 CIPHER = mosh.CryptographyCipher(bytes(range(16)))
 
@@ -690,3 +691,272 @@ def test_asking_for_the_next_deadline_changes_nothing(sim: Simulation) -> None:
     sim.server.write(b"y")
     for end in (sim.server, sim.client):
         assert end.core.next_timeout() == end.core.next_timeout()
+
+
+# -- roaming
+
+OTHER_ADDRESS, UNKNOWN_ADDRESS = ("192.0.2.2", 60001), ("192.0.2.3", 60001)
+DEAD_ADDRESSES = [(f"192.0.2.{100 + i}", 60001) for i in range(20)]
+
+
+class Roamer(Simulation):
+    """A session whose client knows several addresses; remembers what went where."""
+
+    def __init__(self, *peers: tuple[str, int], **options: Any) -> None:
+        self.copies: list[tuple[int, tuple[str, int]]] = []  # (when, to which other address)
+        self.client_sent: list[tuple[int, tuple[str, int]]] = []
+        self.lookups: list[int] = []  # when the name was to be looked up
+        super().__init__(1, peers=[SERVER_ADDRESS, *peers], **options)
+        self.run(ms=5_000)
+
+    def send(self, end: End, datagram: bytes, source: tuple[str, int], targets: list[Any]) -> None:
+        """Put a datagram on the wire, and note whose it is."""
+        if end.direction == TO_SERVER:
+            self.client_sent.append((self.now, targets[0]))
+            self.copies += [(self.now, target) for target in targets[1:]]
+        super().send(end, datagram, source, targets)
+
+    def _take_turns(self) -> None:
+        if self.roaming.wants_lookup(self.now):
+            self.lookups.append(self.now)
+        super()._take_turns()
+
+    @property
+    def roaming(self) -> mosh.Roaming:
+        """The client's."""
+        return self.client.core.roaming
+
+    def copies_since(self, at: int) -> list[tuple[int, tuple[str, int]]]:
+        """The copies that went to other addresses from a time on."""
+        return [copy for copy in self.copies if copy[0] >= at]
+
+    def say(self, source: tuple[str, int]) -> None:
+        """The server says its next word from another of its addresses."""
+        at_server = self.server.address
+        self.server.address = source
+        self.server.write(b".")
+        self.run(ms=100)
+        self.server.address = at_server
+
+
+def test_a_client_sends_to_every_candidate_until_one_answers() -> None:
+    sim = Roamer(OTHER_ADDRESS)
+    assert sim.copies == [(0, OTHER_ADDRESS)]
+    assert sim.roaming.current == SERVER_ADDRESS and not sim.roaming.searching
+    sim = Roamer()
+    sim.server.address = OTHER_ADDRESS
+    assert sim.roaming.candidates == [SERVER_ADDRESS]
+
+
+@pytest.mark.parametrize("delay_ms", [0, 100, 1_500])
+def test_a_healthy_path_has_no_more_traffic_than_with_one_address(delay_ms: int) -> None:
+    sims = [Roamer(OTHER_ADDRESS, *DEAD_ADDRESSES), Roamer()]
+    for sim in sims:
+        sim.link.delay_ms = delay_ms
+        sim.client.type("until that is known", every_ms=3_000)
+        sim.run(ms=120_000)
+        began_at = sim.now
+        sim.client.type("typed on and on, with pauses\r", every_ms=700)
+        sim.run(ms=60_000)
+        assert sim.copies_since(began_at) == [] and sim.settled
+    assert len(sims[0].client_sent) == len(sims[1].client_sent)
+
+
+def test_a_key_reaches_a_server_that_has_moved_to_another_candidate() -> None:
+    sim = Roamer(OTHER_ADDRESS)
+    sim.server.address = OTHER_ADDRESS
+    sim.client.type("moved\r")
+    took_ms = sim.run_until(lambda: sim.settled, limit_ms=5_000)
+    assert took_ms <= mosh.ANSWER_MS + 6 * sim.link.delay_ms + 100
+    assert sim.roaming.current == OTHER_ADDRESS and not sim.roaming.searching
+    began_at = sim.now
+    sim.client.type("and stays there\r", every_ms=100)
+    sim.run(ms=20_000)
+    assert sim.settled and sim.copies_since(began_at) == []
+
+
+def test_an_idle_client_misses_its_server_and_finds_it_elsewhere() -> None:
+    sim = Roamer(OTHER_ADDRESS)
+    sim.server.address = OTHER_ADDRESS
+    sim.link.blocked.add(TO_CLIENT)  # what the server says from there does not get through by itself
+    sim.run(ms=mosh.SILENT_MS)
+    sim.link.heal()
+    sim.run_until(lambda: sim.roaming.current == OTHER_ADDRESS, limit_ms=3_500)
+
+
+def test_copies_to_addresses_that_do_not_answer_are_few() -> None:
+    sim = Roamer(*DEAD_ADDRESSES)
+    assert len(sim.roaming.candidates) == mosh.MAX_CANDIDATES
+    began_at = sim.now
+    sim.link.blocked.update((TO_SERVER, TO_CLIENT))
+    sim.client.type("x" * 100_000)
+    sim.client.type("typed into the void " * 20, every_ms=90)
+    sim.run(ms=60_000)
+    times = sorted({at for at, _ in sim.copies_since(began_at)})
+    assert len(times) <= len(mosh.TRIES_MS) + 60_000 // mosh.COPY_MS
+    assert {target for _, target in sim.copies_since(began_at)} == set(DEAD_ADDRESSES[: mosh.MAX_CANDIDATES - 1])
+
+
+def test_another_network_is_told_at_once_from_a_new_port() -> None:
+    sim = Roamer(OTHER_ADDRESS)
+    began_at = sim.now
+    sim.client.move_to(NEW_ADDRESS)
+    sim.roaming.network_changed(sim.now)
+    sim.run(ms=0)
+    assert sim.client.core.takes_new_port(sim.now) and not sim.client.core.takes_new_port(sim.now)
+    assert sim.client_sent[-1] == (began_at, SERVER_ADDRESS) and sim.copies_since(began_at) == [
+        (began_at, OTHER_ADDRESS)
+    ]
+    took_ms = sim.run_until(lambda: sim.client.core.bar.last_heard_at >= began_at, limit_ms=100)
+    assert took_ms == 2 * sim.link.delay_ms  # the server greets a client that has moved
+    sim.run(ms=10_000)
+    assert not sim.roaming.searching
+
+
+@pytest.mark.parametrize("dark_ms", [500, 5_000, 15_000, 60_000, 3_600_000])
+def test_one_round_trip_after_the_first_datagram_on_another_network_everything_is_there(dark_ms: int) -> None:
+    sim = Roamer()
+    sim.blackout(ms=dark_ms)
+    sim.client.type("typed in the dark\r", every_ms=10)
+    sim.run(ms=dark_ms // 2)
+    sim.server.write(b"said in the dark ")
+    sim.run(ms=dark_ms - dark_ms // 2)
+    sim.client.move_to(NEW_ADDRESS)
+    sim.roaming.network_changed(sim.now)
+    took_ms = sim.run_until(lambda: "said in the dark" in sim.client.screen.text, limit_ms=500)
+    assert took_ms <= 2 * sim.link.delay_ms
+    took_ms += sim.run_until(lambda: sim.settled, limit_ms=500)
+    assert took_ms <= 2 * sim.link.delay_ms + sim.server.program.echo_ms + mosh.COLLECT_MS["server"] + 1
+
+
+def test_the_first_datagrams_on_another_network_may_be_lost() -> None:
+    sim = Roamer()
+    sim.blackout(ms=400)
+    sim.client.move_to(NEW_ADDRESS)
+    sim.roaming.network_changed(sim.now)
+    heard_at = sim.client.core.bar.last_heard_at
+    limit_ms = mosh.TRIES_MS[1] + 2 * sim.link.delay_ms
+    sim.run_until(lambda: sim.client.core.bar.last_heard_at > heard_at + 100, limit_ms)
+
+
+def test_forged_and_replayed_answers_from_a_candidate_do_not_end_a_search() -> None:
+    sim = Roamer(OTHER_ADDRESS)
+    sim.link.blocked.update((TO_SERVER, TO_CLIENT))
+    sim.roaming.network_changed(sim.now)
+    sim.run(ms=100)
+    for old in sim.datagrams(TO_CLIENT):
+        for datagram in (old, old[:-1] + bytes((old[-1] ^ 1,)), bytes(40)):
+            sim.inject(sim.client, datagram, OTHER_ADDRESS)
+    for own in sim.datagrams(TO_SERVER):
+        sim.inject(sim.client, own, OTHER_ADDRESS)
+    sim.run(ms=100)
+    assert sim.roaming.current == SERVER_ADDRESS and sim.roaming.searching
+
+
+def test_a_word_of_the_server_from_an_unknown_address_moves_nothing_while_the_path_works() -> None:
+    sim = Roamer(OTHER_ADDRESS)
+    sim.say(UNKNOWN_ADDRESS)
+    sim.client.type("x")
+    sim.run(ms=20_000)
+    assert sim.roaming.current == SERVER_ADDRESS and UNKNOWN_ADDRESS not in sim.roaming.candidates
+
+
+def test_a_server_that_nobody_has_announced_elsewhere_is_found_by_its_own_words() -> None:
+    sim = Roamer(OTHER_ADDRESS)
+    sim.server.address = UNKNOWN_ADDRESS
+    sim.client.type("where are you\r")
+    sim.run_until(lambda: sim.settled, limit_ms=12_000)
+    assert sim.roaming.current == UNKNOWN_ADDRESS
+
+
+def test_a_host_that_answers_from_another_of_its_addresses_is_kept_where_it_can_be_reached() -> None:
+    """As stock's server does on a host with several addresses; the client must not send to all of them for ever."""
+    client, server = _roaming_client([SERVER_ADDRESS, OTHER_ADDRESS]), _server()
+    for now in range(0, 20_000, 10):
+        for datagram in client.datagrams_to_send(now):
+            server.receive_datagram(datagram, HOME_ADDRESS, now)
+        for datagram in server.datagrams_to_send(now):
+            client.receive_datagram(datagram, UNKNOWN_ADDRESS, now)
+        if now > 100:
+            assert client.peers == [SERVER_ADDRESS] or now < 3_500
+    assert client.roaming.current == SERVER_ADDRESS and not client.roaming.searching
+
+
+def _roaming_client(peers: list[tuple[str, int]], *, named: bool = False) -> mosh.ClientCore:
+    return mosh.ClientCore(
+        mosh.Channel(CIPHER, TO_SERVER), 0, width=80, height=24, peers=peers, port=60001, random_bytes=bytes,
+        named=named,
+    )
+
+
+def _lookups(sim: Roamer, ms: int) -> list[int]:
+    """Let time pass and return when, from its start, the name was to be looked up."""
+    began_at = sim.now
+    sim.run(ms=ms)
+    return [at - began_at for at in sim.lookups if at >= began_at]
+
+
+def test_the_name_is_looked_up_while_answers_are_missing_more_and_more_seldom() -> None:
+    sim = Roamer(named=True)
+    assert _lookups(sim, 20_000) == []
+    sim.link.blocked.update((TO_SERVER, TO_CLIENT))
+    sim.roaming.network_changed(sim.now)
+    times = _lookups(sim, 400_000)
+    gaps = [later - earlier for earlier, later in zip(times, times[1:])]
+    assert times[0] == mosh.LOOKUP_MS[0] and gaps[:3] == [2_000, 4_000, 8_000] and set(gaps[6:]) == {mosh.LOOKUP_MS[1]}
+    sim.link.heal()
+    sim.run(ms=8_000)
+    assert _lookups(sim, 20_000) == []
+
+
+def test_without_a_name_nothing_is_looked_up() -> None:
+    sim = Roamer()
+    sim.link.blocked.update((TO_SERVER, TO_CLIENT))
+    sim.roaming.network_changed(sim.now)
+    assert _lookups(sim, 60_000) == []
+
+
+def test_what_a_lookup_finds_is_tried_at_once_and_bounded() -> None:
+    sim = Roamer(named=True)
+    sim.server.address = OTHER_ADDRESS
+    sim.client.type("moved\r")
+    sim.run(ms=3_000)
+    assert not sim.settled
+    sim.roaming.found([*DEAD_ADDRESSES[:2], OTHER_ADDRESS, *DEAD_ADDRESSES], sim.now)
+    sim.run_until(lambda: sim.settled, limit_ms=100)
+    assert sim.roaming.current == OTHER_ADDRESS
+    assert len(sim.roaming.candidates) <= mosh.MAX_CANDIDATES and SERVER_ADDRESS in sim.roaming.candidates
+
+
+def test_where_the_system_knows_no_path_it_is_asked_again_soon_but_not_for_ever() -> None:
+    sim = Roamer()
+    sim.link.blocked.update((TO_SERVER, TO_CLIENT))
+    began_at, asked = sim.now, []
+    while sim.now < began_at + 2 * mosh.RETRY_LIMIT_MS:
+        count = len(sim.client_sent)
+        sim.run(ms=10)
+        if len(sim.client_sent) > count:
+            sim.roaming.path_failed(sim.now, reached=False)
+            asked.append(sim.now - began_at)
+    early = [at for at in asked if at < mosh.RETRY_LIMIT_MS]
+    assert mosh.RETRY_LIMIT_MS // 600 <= len(early) <= mosh.RETRY_LIMIT_MS // mosh.RETRY_MS + 60
+    assert len(asked) - len(early) <= mosh.RETRY_LIMIT_MS // mosh.ACK_INTERVAL_MS + 5
+
+
+def test_a_path_that_fails_makes_the_others_be_tried_at_once() -> None:
+    sim = Roamer(OTHER_ADDRESS)
+    sim.server.address = OTHER_ADDRESS
+    sim.client.type("x")
+    sim.run(ms=1)
+    sim.roaming.path_failed(sim.now, reached=False)
+    sim.run_until(lambda: sim.roaming.current == OTHER_ADDRESS, limit_ms=2 * sim.link.delay_ms + 20)
+
+
+def test_an_old_datagram_from_elsewhere_makes_the_server_neither_move_nor_speak(sim: Simulation) -> None:
+    sim.client.type("hello\r", every_ms=50)
+    sim.run(ms=3_000)
+    count = len(sim.sent(TO_CLIENT))
+    for old in sim.datagrams(TO_SERVER):
+        sim.inject(sim.server, old, NEW_ADDRESS)
+    sim.run(ms=100)
+    assert sim.server.peer == HOME_ADDRESS and len(sim.sent(TO_CLIENT)) <= count + 1

@@ -225,14 +225,6 @@ def test_a_client_listens_to_anyone_with_the_key_and_stays_with_its_server() -> 
     assert client.peers == [SERVER] and client.last_heard_at == 10
 
 
-def test_a_client_with_several_candidates_keeps_the_one_that_answered() -> None:
-    client = _client()
-    client.peers = [HOME, SERVER, ELSEWHERE]
-    client.receive_datagram(_raw(0), SERVER, now=10)
-    client.receive_datagram(_raw(1), ELSEWHERE, now=20)
-    assert client.peers == [SERVER]
-
-
 @given(st.binary(max_size=100))
 def test_any_bytes_are_refused_and_move_nothing(data: bytes) -> None:
     server = _server()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import pty
@@ -311,3 +312,168 @@ def test_the_program_knows_how_to_start_itself_again(kind: str, tmp_path: Path) 
     words = subprocess.run([sys.executable, "-c", code], cwd="/", capture_output=True, text=True, check=True)
     finished = subprocess.run([*words.stdout.rstrip("\n").split("\0"), "--version"], capture_output=True, text=True)
     assert (finished.returncode, mosh.__version__ in finished.stdout) == (0, True), finished.stderr
+
+
+# -- answering from the address that was asked -----------------------------------------------------------------
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux has all of 127.0.0.0/8")
+@pytest.mark.parametrize("bound_to", ["0.0.0.0", pytest.param("::", marks=needs_ipv6)])
+@pytest.mark.parametrize("asked", ["127.0.0.1", "127.0.0.2", "127.255.0.9"])
+def test_a_socket_on_any_address_answers_from_the_one_that_was_asked(bound_to: str, asked: str) -> None:
+    udp = mosh.UdpSocket(socket.AF_INET6 if ":" in bound_to else socket.AF_INET)
+    udp.bind(bound_to, 0)
+    client = mosh.UdpSocket(socket.AF_INET)
+    client.send(b"hello", (asked, udp.port))
+    received = _received(udp)
+    assert received is not None and received[2] is False
+    udp.send(b"back", received[1])
+    answer = _received(client)
+    assert answer is not None and answer[:2] == (b"back", (asked, udp.port))
+    udp.close()
+    client.close()
+
+
+@needs_ipv6
+def test_the_same_on_ipv6_and_two_questions_to_different_addresses_are_told_apart() -> None:
+    udp, client = mosh.UdpSocket(socket.AF_INET6), mosh.UdpSocket(socket.AF_INET6)
+    udp.bind("::", 0)
+    client.send(b"hello", ("::1", udp.port))
+    received = _received(udp)
+    assert received is not None and received[1][-1] is not None
+    udp.send(b"back", received[1])
+    answer = _received(client)
+    assert answer is not None and answer[1][:2] == ("::1", udp.port)
+    udp.close()
+    client.close()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the numbers are Linux's")
+def test_an_answer_leaves_from_another_address_if_the_one_asked_has_gone() -> None:
+    udp, client = mosh.UdpSocket(socket.AF_INET), mosh.UdpSocket(socket.AF_INET)
+    udp.bind("0.0.0.0", 0)
+    client.send(b"hello", ("127.0.0.1", udp.port))
+    received = _received(udp)
+    assert received is not None
+    gone = socket.IPPROTO_IP, mosh._IP_PKTINFO, mosh._PKTINFO_4.pack(0, socket.inet_aton("198.51.100.99"), b"")
+    udp.send(b"back", (*received[1][:2], gone))
+    udp.send(b"again", (*received[1][:2], None))
+    assert [answer[0] for answer in (_received(client), _received(client)) if answer] == [b"back", b"again"]
+    udp.close()
+    client.close()
+
+
+# -- what a refusal to send means ------------------------------------------------------------------------------
+
+REFUSALS = [
+    (errno.EMSGSIZE, mosh.SendFailure.TOO_BIG), (errno.ENETUNREACH, mosh.SendFailure.NO_PATH),
+    (errno.EHOSTUNREACH, mosh.SendFailure.NO_PATH), (errno.ENETDOWN, mosh.SendFailure.NO_PATH),
+    (errno.EADDRNOTAVAIL, mosh.SendFailure.NO_PATH), (errno.ENOBUFS, mosh.SendFailure.LOST),
+    (errno.EAGAIN, mosh.SendFailure.LOST), (errno.ECONNREFUSED, mosh.SendFailure.LOST),
+    (errno.EPERM, mosh.SendFailure.REFUSED), (errno.EMFILE, mosh.SendFailure.REFUSED),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("number", "meaning"), REFUSALS)
+def test_each_refusal_has_one_meaning(number: int, meaning: mosh.SendFailure) -> None:
+    assert mosh.send_failure(OSError(number, os.strerror(number))) is meaning
+
+
+def test_an_error_without_a_number_is_for_the_user_to_read() -> None:
+    assert mosh.send_failure(OSError("no number")) is mosh.SendFailure.REFUSED
+
+
+def test_real_refusals_are_understood(ends: tuple[mosh.UdpSocket, mosh.UdpSocket, str]) -> None:
+    one, _, host = ends
+    with pytest.raises(OSError) as too_big:
+        one.send(bytes(70_000), (host, 9))
+    assert mosh.send_failure(too_big.value) is mosh.SendFailure.TOO_BIG
+
+
+# -- another network -------------------------------------------------------------------------------------------
+
+TARGETS = [(socket.AF_INET, ("192.0.2.1", 60001)), (socket.AF_INET6, ("2001:db8::1", 60001, 0, 0))]
+
+
+class World:
+    """What the system would tell a NetworkWatch; tests change it."""
+
+    def __init__(self) -> None:
+        self.sources = {socket.AF_INET: "10.0.0.1", socket.AF_INET6: ""}
+        self.slept_ms = 5_000
+
+    def local_address(self, family: int, _: mosh.Address) -> str:
+        """The address to send from."""
+        return self.sources[socket.AddressFamily(family)]
+
+
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch) -> World:
+    """A world that only tests change."""
+    world = World()
+    monkeypatch.setattr(mosh, "local_address", world.local_address)
+    monkeypatch.setattr(mosh, "_slept_ms", lambda: world.slept_ms)
+    return world
+
+
+@pytest.fixture
+def watch(world: World) -> Iterator[mosh.NetworkWatch]:
+    """A watch that has looked around at 0."""
+    assert world.slept_ms
+    watch = mosh.NetworkWatch(0)
+    assert not watch.changed(TARGETS, (), 0)
+    yield watch
+    watch.close()
+
+
+def test_nothing_has_changed_while_datagrams_leave_from_where_they_did(watch: mosh.NetworkWatch) -> None:
+    assert not any(watch.changed(TARGETS, watch.readable(), now) for now in range(0, 20_000, 70))
+
+
+@pytest.mark.parametrize(("family", "source"), [
+    (socket.AF_INET, "10.9.9.9"), (socket.AF_INET, ""), (socket.AF_INET6, "2001:db8::5"),
+])  # fmt: skip
+def test_another_source_is_another_network_and_is_told_once(
+    watch: mosh.NetworkWatch, world: World, family: socket.AddressFamily, source: str
+) -> None:
+    world.sources[family] = source
+    told = [now for now in range(0, 10_000, 100) if watch.changed(TARGETS, (), now)]
+    assert told == [mosh.LOOK_MS]
+
+
+def test_a_notice_of_the_kernel_makes_it_look_soon_but_not_for_each(watch: mosh.NetworkWatch, world: World) -> None:
+    if not watch.readable():
+        pytest.skip("this system tells nothing")
+    world.sources[socket.AF_INET] = "10.9.9.9"
+    notice = watch.readable()
+    assert not watch.changed(TARGETS, notice, 10)
+    assert watch.readable() == [] and watch.next_timeout() == 10 + mosh.NOTICE_MS
+    assert not watch.changed(TARGETS, (), 9 + mosh.NOTICE_MS)
+    assert watch.changed(TARGETS, (), 10 + mosh.NOTICE_MS)
+    assert watch.readable() == notice and watch.next_timeout() is None
+
+
+def test_a_new_target_is_no_other_network(watch: mosh.NetworkWatch) -> None:
+    more = [*TARGETS, (socket.AF_INET, ("192.0.2.7", 60001))]
+    assert not any(watch.changed(more, (), now) for now in range(0, 5_000, 100))
+
+
+def test_a_machine_that_has_slept_may_be_anywhere(watch: mosh.NetworkWatch, world: World) -> None:
+    world.slept_ms += mosh.SLEEP_MS
+    assert not watch.changed(TARGETS, (), 1)
+    world.slept_ms += mosh.SLEEP_MS + 1
+    assert watch.changed(TARGETS, (), 2) and not watch.changed(TARGETS, (), 3)
+
+
+def test_without_notices_it_still_looks_now_and_then(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mosh.NetworkWatch, "_kernel_notices", staticmethod(lambda: None))
+    watch = mosh.NetworkWatch(0)
+    assert watch.readable() == [] and not watch.changed(TARGETS, (), 0)
+    world.sources[socket.AF_INET] = "10.9.9.9"
+    assert watch.changed(TARGETS, (), mosh.LOOK_MS)
+    watch.close()
+
+
+def test_where_a_datagram_would_leave_from() -> None:
+    assert mosh.local_address(socket.AF_INET, ("127.0.0.1", 60001)) == "127.0.0.1"
+    assert mosh.local_address(socket.AF_INET6, ("fe80::1", 60001, 0, 99_999)) == ""

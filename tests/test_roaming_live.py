@@ -1,8 +1,13 @@
-"""Sessions over a bad link: a relay between client and server takes the network away, moves it and slows it down."""
+"""Sessions over a bad link: a relay between client and server takes the network away, moves it and slows it down.
+
+And sessions across networks: in namespaces the client changes its address and its family, and the server its address.
+"""
 
 from __future__ import annotations
 
 import random
+import shlex
+import signal
 import string
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -11,9 +16,13 @@ from pathlib import Path
 
 import pytest
 
+import mosh
+import netns
 import peers
 from conftest import Stage, require, require_kind
+from netns import OTHER_SERVER_4, SERVER_4, SERVER_6, Networks, Watcher
 from peers import PAIRS, Pair, pause
+from ptys import PtyProcess, on_a_terminal
 from relay import Relay
 from tmux import Snapshot, Terminal
 
@@ -198,6 +207,172 @@ def _comes_true(condition: Callable[[], bool]) -> bool:
     return True
 
 
+# -- across networks -------------------------------------------------------------------------------------------
+
+SERVER_NAME = "server.test"
+OUTAGE_SECONDS = 2.0
+QUIT = b"\x1e."
+
+
+class Traveller:
+    """A client that types while its machine moves, and what it took to be heard again."""
+
+    def __init__(self, networks: Networks, client: PtyProcess, watcher: Watcher, home: Path) -> None:
+        self.networks = networks
+        self.client = client
+        self.watcher = watcher
+        self.typed = ""
+        self.timings: list[str] = []
+        self._home = home
+
+    def type(self, text: str, seconds: float = 0.0) -> None:
+        """Type, spread over so much time."""
+        for key in text:
+            self.client.type(key.encode())
+            self.typed += key
+            pause(seconds / len(text))
+
+    def expect_all(self, since: float, what: str, target: str = "") -> None:
+        """Wait until the screen shows all that was typed, and note how long that took; `target`: of the datagrams."""
+        self.wait_shown()
+        shown_at = time.monotonic()
+        first = self.watcher.wait_first(since, target=target)
+        self.timings.append(f"{what}: {1000 * (shown_at - first.at):.0f} ms after the first datagram,"
+                            f" {1000 * (shown_at - since):.0f} ms after the move")  # fmt: skip
+        assert written(self._home) == self.typed
+
+    def wait_shown(self) -> None:
+        """Wait until the screen shows all that was typed."""
+
+        def shown(output: bytes) -> bool:
+            terminal = mosh.Emulator(80, 24)
+            terminal.feed(output)
+            return any(line.rstrip() == self.typed.rstrip() for line in terminal.framebuffer.lines())
+
+        self.client.read_until(shown)
+
+    def move(
+        self, leave: Callable[[], None], arrive: Callable[[], None], word: str, what: str, target: str = ""
+    ) -> None:
+        """Type, leave, type on, arrive elsewhere, and wait until all of it is there though nothing more is typed."""
+        self.type(word[:2], 0.1)
+        leave()
+        self.type(word[2:], 0.1)
+        since = time.monotonic()
+        arrive()
+        self.expect_all(since, what, target)
+
+
+@contextmanager
+def across_networks(pair: Pair, home: Path, families: str = "4", host: str = "") -> Iterator[Traveller]:
+    """A client on link 0 of two machines; ours knows its server by name, stock's by address, or both by `host`."""
+    env = {**peers.session_env(home), "MOSH_PREDICTION_DISPLAY": "never", "TERM": "xterm-256color"}
+    recorder = ("sh", "-c", "stty -icanon; echo ready; exec cat >typed")
+    with ExitStack() as resources:
+        networks = resources.enter_context(Networks())
+        networks.plug_in(0, families)
+        networks.name_server(SERVER_NAME, SERVER_4, SERVER_6)
+        there = networks.words(networks.server)
+        server = resources.enter_context(
+            peers.running_server(pair.server, env, "-i", "::", command=recorder, prefix=there)
+        )
+        command = peers.client_command(pair.client, server.port, host=host or SERVER_4)
+        if pair.client == "ours" and not host:
+            ssh = home / "ssh"  # a login that has nothing to do any more
+            ssh.write_text(f'#!/bin/sh\n[ "$1" = -G ] && exec echo hostname {SERVER_NAME}\n'
+                           f"echo MOSH SSH_CONNECTION 10.0.0.1 50000 {SERVER_4} 22\n"
+                           f"echo MOSH CONNECT {server.port} {server.key}\n")  # fmt: skip
+            ssh.chmod(0o700)
+            command = [*peers.ours_command(), f"--ssh={shlex.quote(str(ssh))}", SERVER_NAME]
+        watcher = resources.enter_context(networks.watching(server.port))
+        client = resources.enter_context(
+            on_a_terminal(networks.words(networks.client, *command), {**env, "MOSH_KEY": server.key})
+        )
+        client.read_until(lambda output: b"ready" in output)
+        yield Traveller(networks, client, watcher, home)
+        client.type(QUIT)
+        assert client.wait() == 0
+        if pair.server == "ours":  # a server answers from the address that was asked, though it has several
+            pairs = {(one.source, one.target) for one in watcher.seen() if one.up}
+            assert {(one.target, one.source) for one in watcher.seen() if not one.up} <= pairs
+
+
+def move_to_another_address(pair: Pair, home: Path) -> list[str]:
+    """The network is gone for a while; then there is another one, with another address."""
+    with across_networks(pair, home) as traveller:
+        networks = traveller.networks
+        traveller.type("home", 0.2)
+        networks.unplug(0)
+        traveller.type("dark", OUTAGE_SECONDS)
+        since = time.monotonic()
+        networks.plug_in(1, "4", host=7)
+        traveller.expect_all(since, "another address")
+        sources = {one.source for one in traveller.watcher.seen() if one.up}
+        assert sources == {"10.0.0.1", "10.0.1.7"}
+        return traveller.timings
+
+
+def move_between_families(pair: Pair, home: Path) -> list[str]:
+    """From IPv4 to a network that has only IPv6, and back, without a pause in the typing."""
+    if pair.client == "stock":
+        return []  # it knows one address
+    with across_networks(pair, home) as traveller:
+        networks = traveller.networks
+        traveller.move(lambda: networks.unplug(0), lambda: networks.plug_in(1, "6"), "thither ", "IPv4 to IPv6")
+        traveller.move(lambda: networks.unplug(1), lambda: networks.plug_in(0, "4"), "hither ", "IPv6 to IPv4")
+        return traveller.timings
+
+
+def follow_a_server_that_moves(pair: Pair, home: Path) -> list[str]:
+    """The server's machine gets another address, and its name means that one."""
+    if pair.client == "stock":
+        return []  # it knows one address
+    with across_networks(pair, home) as traveller:
+        networks = traveller.networks
+        leave = [f"addr del {SERVER_4}/32 dev lo", f"addr del {SERVER_6}/128 dev lo", f"route add blackhole {SERVER_4}"]
+
+        def arrive() -> None:
+            networks.on_server(f"addr add {OTHER_SERVER_4}/32 dev lo")
+            networks.name_server(SERVER_NAME, OTHER_SERVER_4)
+
+        traveller.move(
+            lambda: networks.on_server(*leave), arrive, "follow", "another server address",
+            target=OTHER_SERVER_4,
+        )  # fmt: skip
+        traveller.type("stay", 0.1)
+        traveller.wait_shown()
+        return traveller.timings
+
+
+def wake_up_elsewhere(pair: Pair, home: Path) -> list[str]:
+    """The client is stopped, as by a suspended machine, and goes on in another network."""
+    with across_networks(pair, home) as traveller:
+        networks, client = traveller.networks, traveller.client
+        traveller.type("home", 0.2)
+        traveller.wait_shown()
+        client.send_signal(signal.SIGSTOP)
+        networks.unplug(0)
+        networks.plug_in(1, "4")
+        pause(OUTAGE_SECONDS)
+        woken_at = time.monotonic()
+        client.send_signal(signal.SIGCONT)
+        first = traveller.watcher.wait_first(woken_at)
+        client.type(b"back")
+        traveller.typed += "back"
+        traveller.expect_all(woken_at, "woken up elsewhere")
+        assert first.source == "10.0.1.1"
+        return traveller.timings
+
+
+def reach_a_neighbour_by_scope(pair: Pair, home: Path) -> list[str]:
+    """A link-local address of IPv6 needs the interface named with it."""
+    with across_networks(pair, home, "6", host="fe80::254%link0") as traveller:
+        traveller.type("neighbour", 0.1)
+        traveller.wait_shown()
+        assert {one.source for one in traveller.watcher.seen() if one.up} == {"fe80::1"}
+        return ["reached"]
+
+
 # -- tests -----------------------------------------------------------------------------------------------------
 
 each_pair = pytest.mark.parametrize("pair", PAIRS, ids=str)
@@ -252,3 +427,22 @@ def test_a_path_that_drops_large_packets_stops_neither_direction_of_ours(pair: P
     pasted, shown = stage.play(send_much_through_a_black_hole, pair)
     assert pasted or pair.client == "stock"
     assert shown or pair.server == "stock"
+
+
+needs_namespaces = pytest.mark.skipif(bool(netns.unavailable()), reason=netns.unavailable() or "there are namespaces")
+JOURNEYS = [
+    move_to_another_address, move_between_families, follow_a_server_that_moves, wake_up_elsewhere,
+    reach_a_neighbour_by_scope,
+]  # fmt: skip
+
+
+@needs_namespaces
+@each_pair
+@pytest.mark.parametrize("journey", JOURNEYS, ids=lambda journey: journey.__name__)
+def test_no_key_is_lost_or_doubled_on_a_journey(
+    pair: Pair, journey: Callable[[Pair, Path], list[str]], stage: Stage
+) -> None:
+    """Every byte the recorder has written is compared, and the time it took is printed."""
+    require_kind(pair.client, pair.server)
+    for timing in stage.play(journey, pair) or pytest.skip("a stock client stays with the address it was given"):
+        print(f"{pair}: {timing}")

@@ -89,6 +89,13 @@ def test_the_default_is_the_lowest_free_port_of_the_range() -> None:
         assert mosh.FIRST_PORT <= first.port < second.port <= mosh.LAST_PORT
 
 
+def test_where_ssh_got_to_is_no_wish_where_every_address_answers_by_itself() -> None:
+    options = _options(address=LOOPBACK)
+    options.by_ssh = True
+    with _bound(options) as (_, host):
+        assert host in (("::", "0.0.0.0") if sys.platform.startswith("linux") else (LOOPBACK,))
+
+
 @pytest.mark.parametrize("free", [0, 1, 3])
 def test_occupied_ports_are_passed_over(free: int) -> None:
     with _row_of_free_ports(4) as (first, held):
