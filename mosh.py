@@ -538,6 +538,9 @@ class Channel:
 #
 # Roaming is then one rule: the server answers to wherever the newest authentic datagram came from. The client needs no
 # rule: its server stays put. What it does when answers stop is to try a new local port, since NATs forget.
+#
+# Whoever can hold up a client's datagram can deliver it from somebody else's address, and have the server flood that.
+# So an address that the server has moved to gets only a few times the bytes that came from it, until it is heard again.
 
 RTT_LIMIT_MS = 5_000  # a longer sample says that a laptop slept, not that the path is long
 RTO_MS = (50, 1_000)  # bounds of the retransmission timeout
@@ -545,6 +548,7 @@ FRAME_INTERVAL_MS = (20, 250)  # bounds of the time between frames, which is SRT
 INITIAL_SRTT_MS = 1_000.0
 TIMESTAMP_HOLD_MS = 1_000  # a timestamp older than this is not echoed
 CONGESTION_PENALTY_MS = 500  # a marked packet is reported this much later, which slows the peer's frames
+AMPLIFICATION_LIMIT = 3  # times the bytes received may go to an address not yet heard again; as in QUIC, RFC 9000
 ASSOCIATION_MS = 40_000  # a server stops sending to an address silent for so long
 PORT_HOP_MS = 10_000  # a client without an answer for so long tries another local port
 MAX_OLD_PORT_AGE_MS = 60_000  # and closes the old ones after this
@@ -604,6 +608,7 @@ class DatagramLayer:
         # whom to answer
         self.peers: list[Address] = []  # a server has at most one; a client may start with several candidates
         self.last_heard_at: int | None = None  # arrival of the newest authentic datagram
+        self.allowance_bytes: int | None = None  # what may still go to an address not yet heard again; None: anything
         # timestamps
         self._expected_seq = 0
         self._saved_timestamp: int | None = None
@@ -626,6 +631,8 @@ class DatagramLayer:
             self._expected_seq = seq + 1
             timestamp, reply = TIMESTAMPS.unpack_from(plaintext)
             self._take_timestamps(timestamp, reply, now, congested)
+            if self._is_server and self.last_heard_at is not None:
+                self.allowance_bytes = None if source in self.peers else AMPLIFICATION_LIMIT * len(datagram)
             self.last_heard_at = now
             if self._is_server or source in self.peers:
                 self.peers = [source]
@@ -646,7 +653,10 @@ class DatagramLayer:
         if self._saved_timestamp is not None and now - self._saved_at < TIMESTAMP_HOLD_MS:
             reply = (self._saved_timestamp + now - self._saved_at) % 0x10000
             self._saved_timestamp = None
-        return self._channel.seal(TIMESTAMPS.pack(_timestamp(now), reply) + payload)
+        datagram = self._channel.seal(TIMESTAMPS.pack(_timestamp(now), reply) + payload)
+        if self.allowance_bytes is not None:
+            self.allowance_bytes -= len(datagram)
+        return datagram
 
     def forget_silent_peer(self, now: int) -> bool:
         """Server: after sending, drop an address that has been silent too long. Returns whether it was dropped."""
@@ -851,6 +861,11 @@ RECEIVED_LIMIT = 1_024  # states kept for the peer's diffs; beyond it only one m
 QUENCH_MS = 15_000
 RESEND_LIMIT_BYTES, RESEND_EXTRA_BYTES = 1_000, 100  # diff from what is known to be there if it costs no more than this
 
+# While an address may not be sent much (section 5), a diff that is too large waits, and a probe goes instead: a diff
+# that changes nothing and is acknowledged within ACK_DELAY_MS like any other, by which the address is heard again.
+PROBE_DIFF = encode_field(MESSAGE_INSTRUCTION, b"")
+EMPTY_DATAGRAM_BYTES = 110  # at most, for an instruction with an empty diff and state numbers below 2**32
+
 
 class State(Protocol):
     """What the transport needs of an object it synchronizes. A state never changes once it has been handed over."""
@@ -952,8 +967,11 @@ class Sender(Generic[Local]):
 
     # -- instructions out
 
-    def instruction_to_send(self, now: int) -> Instruction | None:
-        """Return the instruction that is due, if one is, and count it as sent. Call update_timers first."""
+    def instruction_to_send(self, now: int, room_bytes: int | None = None) -> Instruction | None:
+        """Return the instruction that is due, if one is, and count it as sent. Call update_timers first.
+
+        `room_bytes`: an empty diff and one larger than this give way to a probe.
+        """
         ack_due = now >= self._next_ack_at
         if not ack_due and (self._next_send_at is None or now < self._next_send_at):
             return None
@@ -961,7 +979,10 @@ class Sender(Generic[Local]):
         if not diff and not ack_due:
             self._next_send_at = self._changed_at = None
             return None
-        return self._send(base, diff, now)
+        if room_bytes is None or 0 < len(diff) <= room_bytes:
+            return self._send(base, diff, now, self.current)
+        known = self.sent[0]
+        return self._send(known, PROBE_DIFF if self.shutdown_at is None else b"", now, known.state)
 
     def _best_diff(self) -> tuple[NumberedState[Local], bytes]:
         """Diff from the assumed state, or from the acknowledged one where that costs little and is safer."""
@@ -973,14 +994,14 @@ class Sender(Generic[Local]):
                 return self.sent[0], full
         return base, diff
 
-    def _send(self, base: NumberedState[Local], diff: bytes, now: int) -> Instruction:
+    def _send(self, base: NumberedState[Local], diff: bytes, now: int, state: Local) -> Instruction:
         last = self.sent[-1]
-        retransmission = bool(diff) and self.current == last.state  # an empty ack takes a number of its own
+        retransmission = diff not in (b"", PROBE_DIFF) and state == last.state  # an empty ack takes a number of its own
         num = LAST_STATE_NUM if self.shutdown_at is not None else last.num if retransmission else last.num + 1
         if num == last.num:
             last.at = now
         else:
-            self.sent.append(NumberedState(num, now, self.current))
+            self.sent.append(NumberedState(num, now, state))
             if len(self.sent) > SENT_LIMIT:
                 del self.sent[-SENT_DROP]
         if num == LAST_STATE_NUM:
@@ -1083,7 +1104,8 @@ class Transport(Generic[Local, Remote]):
         if self.receiver.receive(instruction, now):
             sender.ack_num = instruction.new_num
             sender.peer_state_at = now
-            sender.data_ack_due = sender.data_ack_due or bool(instruction.diff)
+            unproven = self.datagrams.allowance_bytes is not None  # an address that a probe shall prove soon
+            sender.data_ack_due = sender.data_ack_due or unproven or bool(instruction.diff)
             if self.phase is Phase.CONNECTING:
                 self.phase = Phase.CONNECTED
         if self.phase is Phase.CLOSING and sender.sent[0].num == LAST_STATE_NUM:
@@ -1095,9 +1117,11 @@ class Transport(Generic[Local, Remote]):
         """Return the datagrams that are due, each for every address in `datagrams.peers`."""
         self._check_shutdown(now)
         self.sender.update_timers(now)
-        if self.phase is Phase.CLOSED or not self.datagrams.peers:
+        if self.phase is Phase.CLOSED or not self._may_send:
             return []
-        instruction = self.sender.instruction_to_send(now)
+        allowance = self.datagrams.allowance_bytes
+        room_bytes = None if allowance is None else allowance - EMPTY_DATAGRAM_BYTES
+        instruction = self.sender.instruction_to_send(now, room_bytes)
         if instruction is None:
             return []
         instruction.chaff = self._random_bytes(self._random_bytes(1)[0] % (MAX_CHAFF_BYTES + 1))
@@ -1118,7 +1142,7 @@ class Transport(Generic[Local, Remote]):
         """Return when datagrams_to_send has to be asked next; None while there is nobody to send to."""
         if self.phase is Phase.CLOSED:
             return None
-        deadlines = [self.sender.next_timeout()] if self.datagrams.peers else []
+        deadlines = [self.sender.next_timeout()] if self._may_send else []
         if self.sender.shutdown_at is not None:
             deadlines.append(self.sender.shutdown_at + SHUTDOWN_MS)
         return min(deadlines, default=None)
@@ -1150,6 +1174,12 @@ class Transport(Generic[Local, Remote]):
             self.phase, self.clean = Phase.CLOSED, clean
 
     # -- queries
+
+    @property
+    def _may_send(self) -> bool:
+        """Whether there is an address, and it may be sent an instruction."""
+        allowance = self.datagrams.allowance_bytes
+        return bool(self.datagrams.peers) and (allowance is None or allowance >= EMPTY_DATAGRAM_BYTES)
 
     @property
     def remote(self) -> NumberedState[Remote]:

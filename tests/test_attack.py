@@ -1,0 +1,316 @@
+"""What somebody on the network can do to a session: nothing. Forged, damaged, replayed and oversized datagrams.
+
+Every attack goes over loopback to a live server and a live client, from the address of the real peer and from another
+one. `make attack` sends ten thousand of each and prints what they cost, beside stock's.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import socket
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import mosh
+import peers
+from conftest import require_kind
+from live_peer import Program
+from measuring import Table, cpu_seconds, number
+
+pytestmark = pytest.mark.live
+
+COUNT = int(os.environ.get("MOSH_ATTACK_COUNT") or 64)
+KINDS: tuple[peers.Kind, ...] = ("ours", "stock") if "MOSH_ATTACK_COUNT" in os.environ else ("ours",)
+STOCK_OVERSIZED = 100                   # stock sleeps 0.1 s for each after the tenth
+SEED = 20_261_122
+BATCH = 16                              # sent at a time, so that no socket buffer overflows
+LIMIT_SECONDS = 20.0
+HEARTBEAT_MS = mosh.ACK_INTERVAL_MS
+QUIET_MS = 300                          # acks and echo acks have come by then
+LARGEST = 9_000
+
+needs_proc = pytest.mark.skipif(not Path("/proc/net/udp").exists(), reason="needs /proc")
+
+
+def _unread(port: int) -> tuple[int, int]:
+    """Return (bytes waiting, datagrams lost so far) of the socket on a local port."""
+    for name in ("udp", "udp6"):
+        for line in Path(f"/proc/net/{name}").read_text(encoding="ascii").splitlines()[1:]:
+            words = line.split()
+            if int(words[1].rpartition(":")[2], 16) == port:
+                return int(words[4].partition(":")[2], 16), int(words[-1])
+    raise AssertionError(f"nobody listens on port {port}")
+
+
+class Victim(ABC):
+    """A live program under attack, its genuine peer in this process, and everything that they have said."""
+
+    core: Any                           # of the peer: a ClientCore or a ServerCore
+    port: int
+    pid: int
+
+    def __init__(self, kind: peers.Kind, home: Path) -> None:
+        self.kind = kind
+        self.resources = ExitStack()
+        self.genuine: dict[str, list[bytes]] = {"peer": [], "victim": []}
+        self.sent_by_victim: Counter[str] = Counter()
+        self.sockets = {name: mosh.UdpSocket(socket.AF_INET) for name in ("peer", "other")}
+        for udp in self.sockets.values():
+            udp.bind(peers.LOOPBACK, 0)
+            self.resources.callback(udp.close)
+        self._waiter = mosh.Waiter()
+        self._marks = itertools.count()
+        self._start(peers.session_env(home, MOSH_PREDICTION_DISPLAY="never", TERM="xterm-256color"))
+        self.echo()
+
+    @abstractmethod
+    def _start(self, env: dict[str, str]) -> None:
+        """Start the program, and make `core`, its peer."""
+
+    @abstractmethod
+    def screen(self) -> list[str]:
+        """What the user of the session sees, down to the last mark."""
+
+    @abstractmethod
+    def type(self, keys: bytes) -> None:
+        """The user types."""
+
+    def close(self) -> None:
+        """End everything."""
+        self.resources.close()
+
+    # -- the genuine exchange
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Where the program receives."""
+        return peers.LOOPBACK, self.port
+
+    def turn(self, wait_ms: int) -> None:
+        """Let the genuine peer send, hear what the program says, and wait for that at most so long."""
+        now = mosh.monotonic_ms()
+        for datagram in self.core.datagrams_to_send(now):
+            self.genuine["peer"].append(datagram)
+            self.sockets["peer"].send(datagram, self.address)
+        at = self.core.next_timeout()
+        until = now + wait_ms if at is None else min(now + wait_ms, at)
+        self._waiter.wait([*self.sockets.values(), *self._extra_descriptors()], (), until)
+        for name, udp in self.sockets.items():
+            while (received := udp.receive()) is not None:
+                self.sent_by_victim[name] += 1
+                self.genuine["victim"].append(received[0])
+                self.core.receive_datagram(received[0], received[1], mosh.monotonic_ms())
+
+    def _extra_descriptors(self) -> list[int]:
+        return []
+
+    def run_until(self, condition: Callable[[], bool], what: str) -> None:
+        """Let the session go on. Raises TimeoutError with the screen."""
+        limit = mosh.monotonic_ms() + LIMIT_SECONDS * 1000
+        while not condition():
+            if mosh.monotonic_ms() > limit:
+                raise TimeoutError(f"waited for {what}; the screen shows {self.screen()}")
+            self.turn(50)
+
+    def rest(self, ms: int) -> None:
+        """Let the session go on for so long."""
+        until = mosh.monotonic_ms() + ms
+        self.run_until(lambda: mosh.monotonic_ms() >= until, "the time to pass")
+
+    def echo(self) -> None:
+        """Type something new and see it come back."""
+        mark = f"mark {next(self._marks)} "
+        self.type(mark.encode())
+        self.run_until(lambda: mark in "".join(self.screen()), mark)
+
+    # -- the attack
+
+    def strike(self, datagrams: Iterator[bytes], source: str, count: int) -> tuple[float, int, int, int]:
+        """Send so many datagrams. Returns (CPU microseconds each, lost, answers to `source`, milliseconds taken)."""
+        answers, lost, began = self.sent_by_victim[source], _unread(self.port)[1], mosh.monotonic_ms()
+        cpu = cpu_seconds(self.pid)
+        for at in range(0, count, BATCH):
+            for datagram in itertools.islice(datagrams, min(BATCH, count - at)):
+                self.sockets[source].send(datagram, self.address)
+            self.run_until(lambda: _unread(self.port)[0] == 0, "the datagrams to be read")
+        self.turn(1)
+        cost = (cpu_seconds(self.pid) - cpu) / count * 1e6
+        taken_ms = mosh.monotonic_ms() - began
+        return cost, _unread(self.port)[1] - lost, self.sent_by_victim[source] - answers, taken_ms
+
+
+class ServerVictim(Victim):
+    """A server; our client core is its peer."""
+
+    name = "server"
+
+    def _start(self, env: dict[str, str]) -> None:
+        server = self.resources.enter_context(peers.running_server(self.kind, env, command=("cat",)))
+        self.port, self.pid = server.port, server.pid
+        self.core = mosh.ClientCore(
+            mosh.Channel(mosh.choose_cipher()(mosh.Key.from_text(server.key).raw), mosh.TO_SERVER),
+            mosh.monotonic_ms(), width=80, height=24, peers=[self.address], port=self.port, random_bytes=os.urandom,
+        )
+
+    def screen(self) -> list[str]:
+        """See Victim."""
+        lines: list[str] = self.core.screen.lines()
+        return lines
+
+    def type(self, keys: bytes) -> None:
+        """See Victim."""
+        self.core.receive_keys(keys, mosh.monotonic_ms())
+
+
+class ClientVictim(Victim):
+    """A client on a terminal that our emulator plays; our server core is its peer, with a program that echoes."""
+
+    name = "client"
+
+    def _start(self, env: dict[str, str]) -> None:
+        key = mosh.Key(os.urandom(mosh.KEY_BYTES))
+        self.core = mosh.ServerCore(
+            mosh.Channel(mosh.choose_cipher()(key.raw), mosh.TO_CLIENT), mosh.monotonic_ms(), width=80, height=24,
+            random_bytes=os.urandom,
+        )
+        command = peers.client_command(self.kind, self.sockets["peer"].port)
+        self.program = Program(command, {**env, "MOSH_KEY": key.to_text()}, (80, 24))
+        self.resources.callback(self.program.close)
+        self.pid, self.port = self.program.process.pid, 0
+        self.run_until(lambda: self.core.peer is not None, "the client to call")
+        self.port = self.core.peer[1]
+
+    def turn(self, wait_ms: int) -> None:
+        """See Victim."""
+        if self.core.host_input:
+            self.core.receive_host_output(bytes(self.core.host_input), mosh.monotonic_ms())
+            self.core.host_input.clear()
+        super().turn(wait_ms)
+        while self.program.take_output():
+            pass
+
+    def _extra_descriptors(self) -> list[int]:
+        return [self.program.fd]
+
+    def screen(self) -> list[str]:
+        """See Victim."""
+        return self.program.terminal.framebuffer.lines()
+
+    def type(self, keys: bytes) -> None:
+        """See Victim."""
+        self.program.type(keys)
+
+
+# -- attacks ---------------------------------------------------------------------------------------------------
+
+
+def _pick(victim: Victim, chance: random.Random) -> bytes:
+    return chance.choice(victim.genuine["peer"])
+
+
+def garbage(_victim: Victim, chance: random.Random) -> bytes:
+    """Bytes out of nowhere."""
+    return chance.randbytes(chance.randint(0, 1_400))
+
+
+def bit_flip(victim: Victim, chance: random.Random) -> bytes:
+    """What the peer has said, one bit of it changed."""
+    data = bytearray(_pick(victim, chance))
+    data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
+    return bytes(data)
+
+
+def truncation(victim: Victim, chance: random.Random) -> bytes:
+    """What the peer has said, cut short."""
+    data = _pick(victim, chance)
+    return data[: chance.randrange(len(data))]
+
+
+def extension(victim: Victim, chance: random.Random) -> bytes:
+    """What the peer has said, and more."""
+    return _pick(victim, chance) + chance.randbytes(chance.randint(1, 200))
+
+
+def replay(victim: Victim, chance: random.Random) -> bytes:
+    """What the peer has said, once more."""
+    return _pick(victim, chance)
+
+
+def reflection(victim: Victim, chance: random.Random) -> bytes:
+    """What the victim itself has said."""
+    return chance.choice(victim.genuine["victim"])
+
+
+def oversized(_victim: Victim, chance: random.Random) -> bytes:
+    """More than any end reads."""
+    return chance.randbytes(chance.randint(mosh.RECEIVE_LIMIT_BYTES + 1, LARGEST))
+
+
+ATTACKS = (garbage, bit_flip, truncation, extension, replay, reflection, oversized)
+
+VICTIMS: tuple[type[Victim], ...] = (ServerVictim, ClientVictim)
+
+
+@pytest.fixture(scope="module")
+def victims(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[tuple[str, peers.Kind], Victim]]:
+    """A server and a client of each kind, each in a session."""
+    require_kind(*KINDS)
+    with ExitStack() as resources:
+        started = {}
+        for make, kind in itertools.product(VICTIMS, KINDS):
+            started[make.name, kind] = victim = make(kind, tmp_path_factory.mktemp("home"))  # type: ignore[attr-defined]
+            resources.callback(victim.close)
+        yield started
+
+
+@pytest.fixture(scope="module")
+def table() -> Iterator[Table]:
+    """What the attacks cost, printed at the end; `make attack` shows it."""
+    table = Table(
+        f"CPU microseconds per datagram, answers, and whether the screen and the echo survived ({COUNT} of each)",
+        ["attack", "on", "from", *(word for kind in KINDS for word in (kind, "answers", "unharmed"))],
+    )
+    yield table
+    table.show(markdown=False)
+
+
+@needs_proc
+@pytest.mark.parametrize("source", ["peer", "other"])
+@pytest.mark.parametrize("name", ["server", "client"])
+@pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.__name__)
+def test_an_attack_changes_nothing(
+    victims: dict[tuple[str, peers.Kind], Victim], table: Table, attack: Callable[[Victim, random.Random], bytes],
+    name: str, source: str,
+) -> None:
+    chance = random.Random(SEED)
+    cells = [name, source]
+    for kind in KINDS:
+        victim = victims[name, kind]
+        victim.echo()                   # nothing was said to it while others were attacked
+        victim.rest(QUIET_MS)
+        before = victim.screen()
+        count = min(COUNT, STOCK_OVERSIZED) if (attack, kind) == (oversized, "stock") else COUNT
+        datagrams = (attack(victim, chance) for _ in itertools.count())
+        cost, lost, answers, taken_ms = victim.strike(datagrams, source, count)
+        unharmed = victim.screen() == before
+        if kind == "ours":
+            assert unharmed, victim.screen()
+            assert lost == 0, "it has not read them all"
+            # Nobody else is answered; what a peer hears are the heartbeats that it would have heard anyway.
+            assert answers <= (0 if source == "other" else 2 + taken_ms // HEARTBEAT_MS)
+            victim.echo()
+        else:
+            try:
+                victim.echo()
+            except TimeoutError:
+                unharmed = False
+        cells += [number(cost), str(answers), "yes" if unharmed else "no"]
+    table.add(attack.__name__, cells)
