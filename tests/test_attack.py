@@ -6,6 +6,7 @@ one. `make attack` sends ten thousand of each and prints what they cost, beside 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import random
@@ -151,9 +152,10 @@ class ServerVictim(Victim):
     """A server; our client core is its peer."""
 
     name = "server"
+    command: tuple[str, ...] = ("cat",)
 
     def _start(self, env: dict[str, str]) -> None:
-        server = self.resources.enter_context(peers.running_server(self.kind, env, command=("cat",)))
+        server = self.resources.enter_context(peers.running_server(self.kind, env, command=self.command))
         self.port, self.pid = server.port, server.pid
         self.core = mosh.ClientCore(
             mosh.Channel(mosh.choose_cipher()(mosh.Key.from_text(server.key).raw), mosh.TO_SERVER),
@@ -207,6 +209,17 @@ class ClientVictim(Victim):
     def type(self, keys: bytes) -> None:
         """See Victim."""
         self.program.type(keys)
+
+
+class FloodingServerVictim(ServerVictim):
+    """A server whose program never stops writing."""
+
+    command = ("sh", "-c", "while :; do seq 1 99999; done")
+
+    def echo(self) -> None:
+        """See output."""
+        seen = self.screen()
+        self.run_until(lambda: self.screen() != seen, "any output")
 
 
 # -- attacks ---------------------------------------------------------------------------------------------------
@@ -314,3 +327,45 @@ def test_an_attack_changes_nothing(
                 unharmed = False
         cells += [number(cost), str(answers), "yes" if unharmed else "no"]
     table.add(attack.__name__, cells)
+
+
+# -- roaming ---------------------------------------------------------------------------------------------------
+
+SILENT_MS = 2_000
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_victim_of_a_forged_address_gets_little(kind: peers.Kind, home: Path) -> None:
+    """A datagram of the client is held up and delivered from elsewhere, while the server has much to say."""
+    require_kind(kind)
+    with contextlib.closing(FloodingServerVictim(kind, home)) as victim:
+        victim.type(b"x")
+        victim.rest(1)
+        held_up = victim.genuine["peer"][-1]
+        victim.type(b"y")
+        until = mosh.monotonic_ms() + LIMIT_SECONDS * 1_000
+        while victim.genuine["peer"][-1] == held_up and mosh.monotonic_ms() < until:
+            victim.genuine["peer"] += victim.core.datagrams_to_send(mosh.monotonic_ms())
+        held_up = victim.genuine["peer"][-1]
+        victim.sockets["other"].send(held_up, victim.address)
+        received = 0
+        until = mosh.monotonic_ms() + SILENT_MS
+        while mosh.monotonic_ms() < until:
+            victim._waiter.wait([victim.sockets["other"]], (), until)
+            while (answer := victim.sockets["other"].receive()) is not None:
+                received += len(answer[0])
+        print(f"\n{kind} server: {received} bytes for {len(held_up)} within {SILENT_MS} ms")
+        if kind == "ours":
+            assert 0 < received <= mosh.AMPLIFICATION_LIMIT * len(held_up)
+            victim.echo()                       # the client speaks up, and gets everything again
+
+
+def test_a_replayed_datagram_never_moves_the_server(home: Path) -> None:
+    with contextlib.closing(FloodingServerVictim("ours", home)) as victim:
+        for _ in range(5):
+            victim.echo()
+            for old in list(victim.genuine["peer"]):
+                victim.sockets["other"].send(old, victim.address)
+        victim.rest(SILENT_MS)
+        victim.echo()
+        assert victim.sent_by_victim["other"] == 0 < victim.sent_by_victim["peer"]
