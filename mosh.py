@@ -3913,6 +3913,11 @@ class NotificationBar:
         if self._is_network_error and self._expires_at is not None:
             self._expires_at = min(self._expires_at, now + MESSAGE_MS)
 
+    @property
+    def tells_network_error(self) -> bool:
+        """Whether the newest word is the system's on a failure to send, which is the reason of what follows from it."""
+        return self._is_network_error
+
     def text(self, now: int) -> str:
         """Return the whole line, empty if nothing is to be shown."""
         if self._expires_at is not None and now >= self._expires_at:
@@ -4402,7 +4407,7 @@ class ClientCore:
             return
         if waited_ms > CONNECT_LIMIT_MS:
             self.start_shutdown("Timed out waiting for server...", now)
-        elif waited_ms > CONNECT_NOTICE_MS and not self._in_command:
+        elif waited_ms > CONNECT_NOTICE_MS and not self._in_command and not self.bar.tells_network_error:
             self.bar.set_message(f"Nothing received from server on UDP port {self._port}.", now)
 
     # -- queries
@@ -4795,6 +4800,8 @@ class Child:
     def release(self) -> None:
         """Let the program start."""
         if self._gate >= 0:
+            with contextlib.suppress(OSError):  # it has died meanwhile
+                os.write(self._gate, b"\n")
             os.close(self._gate)
             self._gate = -1
 
@@ -4818,7 +4825,8 @@ def _run_child(options: ServerOptions, core_limit: tuple[int, int] | None, gate:
     modes = termios.tcgetattr(0)
     modes[0] |= _IUTF8
     termios.tcsetattr(0, termios.TCSANOW, modes)
-    os.read(gate, 1)  # end of file: the server has let go of its end
+    if not os.read(gate, 1):
+        return  # the server has died before a client came: nobody would see what the program does
     os.close(gate)
     if core_limit is not None:
         import resource

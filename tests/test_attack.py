@@ -32,7 +32,8 @@ COUNT = int(os.environ.get("MOSH_ATTACK_COUNT") or 64)
 KINDS: tuple[peers.Kind, ...] = ("ours", "stock") if "MOSH_ATTACK_COUNT" in os.environ else ("ours",)
 STOCK_OVERSIZED = 100                   # stock sleeps 0.1 s for each after the tenth
 SEED = 20_261_122
-BATCH = 16                              # sent at a time, so that no socket buffer overflows
+BATCH_BYTES = 40_000                    # sent at a time, so that no socket buffer overflows
+DATAGRAM_COST_BYTES = 1_000             # what the kernel needs beside the datagram itself
 LIMIT_SECONDS = 20.0
 HEARTBEAT_MS = mosh.ACK_INTERVAL_MS
 QUIET_MS = 300                          # acks and echo acks have come by then
@@ -54,6 +55,7 @@ def _unread(port: int) -> tuple[int, int]:
 class Victim(ABC):
     """A live program under attack, its genuine peer in this process, and everything that they have said."""
 
+    name: str
     core: Any                           # of the peer: a ClientCore or a ServerCore
     port: int
     pid: int
@@ -113,13 +115,13 @@ class Victim(ABC):
     def _extra_descriptors(self) -> list[int]:
         return []
 
-    def run_until(self, condition: Callable[[], bool], what: str) -> None:
+    def run_until(self, condition: Callable[[], bool], what: str, turn_ms: int = 50) -> None:
         """Let the session go on. Raises TimeoutError with the screen."""
         limit = mosh.monotonic_ms() + LIMIT_SECONDS * 1000
         while not condition():
             if mosh.monotonic_ms() > limit:
                 raise TimeoutError(f"waited for {what}; the screen shows {self.screen()}")
-            self.turn(50)
+            self.turn(turn_ms)
 
     def rest(self, ms: int) -> None:
         """Let the session go on for so long."""
@@ -138,11 +140,14 @@ class Victim(ABC):
         """Send so many datagrams. Returns (CPU microseconds each, lost, answers to `source`, milliseconds taken)."""
         answers, lost, began = self.sent_by_victim[source], _unread(self.port)[1], mosh.monotonic_ms()
         cpu = cpu_seconds(self.pid)
-        for at in range(0, count, BATCH):
-            for datagram in itertools.islice(datagrams, min(BATCH, count - at)):
-                self.sockets[source].send(datagram, self.address)
-            self.run_until(lambda: _unread(self.port)[0] == 0, "the datagrams to be read")
-        self.turn(1)
+        unread = 0
+        for datagram in itertools.islice(datagrams, count):
+            self.sockets[source].send(datagram, self.address)
+            unread += DATAGRAM_COST_BYTES + len(datagram)
+            if unread > BATCH_BYTES:
+                self.run_until(lambda: _unread(self.port)[0] == 0, "the datagrams to be read", turn_ms=1)
+                unread = 0
+        self.run_until(lambda: _unread(self.port)[0] == 0, "the datagrams to be read", turn_ms=1)
         cost = (cpu_seconds(self.pid) - cpu) / count * 1e6
         taken_ms = mosh.monotonic_ms() - began
         return cost, _unread(self.port)[1] - lost, self.sent_by_victim[source] - answers, taken_ms
@@ -273,18 +278,6 @@ VICTIMS: tuple[type[Victim], ...] = (ServerVictim, ClientVictim)
 
 
 @pytest.fixture(scope="module")
-def victims(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[tuple[str, peers.Kind], Victim]]:
-    """A server and a client of each kind, each in a session."""
-    require_kind(*KINDS)
-    with ExitStack() as resources:
-        started = {}
-        for make, kind in itertools.product(VICTIMS, KINDS):
-            started[make.name, kind] = victim = make(kind, tmp_path_factory.mktemp("home"))  # type: ignore[attr-defined]
-            resources.callback(victim.close)
-        yield started
-
-
-@pytest.fixture(scope="module")
 def table() -> Iterator[Table]:
     """What the attacks cost, printed at the end; `make attack` shows it."""
     table = Table(
@@ -297,35 +290,32 @@ def table() -> Iterator[Table]:
 
 @needs_proc
 @pytest.mark.parametrize("source", ["peer", "other"])
-@pytest.mark.parametrize("name", ["server", "client"])
+@pytest.mark.parametrize("make", VICTIMS)
 @pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.__name__)
 def test_an_attack_changes_nothing(
-    victims: dict[tuple[str, peers.Kind], Victim], table: Table, attack: Callable[[Victim, random.Random], bytes],
-    name: str, source: str,
+    table: Table, home: Path, attack: Callable[[Victim, random.Random], bytes], make: type[Victim], source: str
 ) -> None:
     chance = random.Random(SEED)
-    cells = [name, source]
+    cells = [make.name, source]
     for kind in KINDS:
-        victim = victims[name, kind]
-        victim.echo()                   # nothing was said to it while others were attacked
-        victim.rest(QUIET_MS)
-        before = victim.screen()
-        count = min(COUNT, STOCK_OVERSIZED) if (attack, kind) == (oversized, "stock") else COUNT
-        datagrams = (attack(victim, chance) for _ in itertools.count())
-        cost, lost, answers, taken_ms = victim.strike(datagrams, source, count)
-        unharmed = victim.screen() == before
-        if kind == "ours":
-            assert unharmed, victim.screen()
-            assert lost == 0, "it has not read them all"
-            # Nobody else is answered; what a peer hears are the heartbeats that it would have heard anyway.
-            assert answers <= (0 if source == "other" else 2 + taken_ms // HEARTBEAT_MS)
-            victim.echo()
-        else:
-            try:
+        require_kind(kind)
+        with contextlib.closing(make(kind, home)) as victim:
+            victim.rest(QUIET_MS)
+            before = victim.screen()
+            count = min(COUNT, STOCK_OVERSIZED) if (attack, kind) == (oversized, "stock") else COUNT
+            datagrams = (attack(victim, chance) for _ in itertools.count())
+            cost, lost, answers, taken_ms = victim.strike(datagrams, source, count)
+            unharmed = victim.screen() == before
+            if kind == "ours":
+                assert unharmed, victim.screen()
+                assert lost == 0, "it has not read them all"
+                # Nobody else is answered; what a peer hears are the heartbeats that it would have heard anyway.
+                assert answers <= (0 if source == "other" else 2 + taken_ms // HEARTBEAT_MS)
                 victim.echo()
-            except TimeoutError:
-                unharmed = False
-        cells += [number(cost), str(answers), "yes" if unharmed else "no"]
+            else:
+                with contextlib.suppress(TimeoutError):
+                    victim.echo()
+            cells += [number(cost), str(answers), "yes" if unharmed else "no"]
     table.add(attack.__name__, cells)
 
 
