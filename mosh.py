@@ -4474,6 +4474,7 @@ DATAGRAMS_PER_TURN = 64  # read at most this many before everything else has its
 _ECN_CAPABLE = 0x02  # IP TOS: ECT(0), RFC 3168
 _ECN_CONGESTED = 0x03
 _LINUX_IP_RECVTOS, _LINUX_IP_MTU_DISCOVER = 13, 10  # not in Python's socket module before 3.10 and 3.12
+_PR_SET_DUMPABLE = 4  # Linux, prctl(2)
 _IUTF8 = getattr(termios, "IUTF8", 0x4000)  # not in Python's termios module before 3.12; Linux and macOS agree
 _FAMILY_NAMES = {socket.AF_INET: "IPv4", socket.AF_INET6: "IPv6"}
 
@@ -4522,6 +4523,34 @@ def disable_core_dumps() -> tuple[int, int] | None:
     except (OSError, ValueError):
         return None
     return soft, hard
+
+
+def forbid_tracing() -> None:
+    """Keep other processes of the user, and core dumps that a program takes in, out of this one's memory.
+
+    Linux only. It also hides /proc/PID/environ. It lasts until the next exec, so the program on the pty is as always.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    with contextlib.suppress(ImportError, OSError, AttributeError):  # a Python without ctypes has to do without
+        import ctypes  # 2 ms, after MOSH CONNECT has been printed
+
+        ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
+
+
+def take_secret_from_environment(name: str) -> str | None:
+    """Return an environment variable and remove it, also from what `ps` and /proc show of this process."""
+    if name not in os.environ:
+        return None
+    with contextlib.suppress(ImportError, OSError, AttributeError):
+        import ctypes  # 2 ms
+
+        getenv = ctypes.CDLL(None).getenv
+        getenv.restype = ctypes.c_void_p
+        address = getenv(name.encode())
+        if address:  # security: removing it only unlinks it, the text stays where exec has put it
+            ctypes.memset(address, 0, len(environment_bytes(name) or b""))
+    return os.environ.pop(name)
 
 
 class UdpSocket:
@@ -5048,6 +5077,7 @@ def serve(options: ServerOptions) -> int:
         print(f"\nmosh-server (mosh.py {__version__})\n\n[mosh-server detached, pid = {pid}]", file=sys.stderr)
         return 0
     _detach(keep_output=options.verbose > 0)
+    forbid_tracing()  # before the program's process is forked, which has the key in its memory until it execs
     child = Child(options, (width, height), core_limit, [udp])
     now = monotonic_ms()
     channel = Channel(make_cipher(key.raw), TO_CLIENT)
@@ -5372,8 +5402,10 @@ def run_client(
 ) -> int:
     """Run a session in this terminal. Returns the exit status: 0 if both ends agreed that it is over."""
     disable_core_dumps()
+    forbid_tracing()
     terminal = RawTerminal(terminfo, options.init)
     channel = Channel(make_cipher(key.raw), TO_SERVER)
+    del key
     core = _make_client_core(channel, candidates, port, options, terminfo)
     client = Client(core, terminal, asks=terminfo.title)
     try:
@@ -6083,7 +6115,7 @@ def client_main(program: str, words: Sequence[str]) -> int:
         raise UsageError(_CLIENT_USAGE.format(program=program))
     host, port_text = operands
     port = parse_port(port_text)
-    key_text = os.environ.pop("MOSH_KEY", None)
+    key_text = take_secret_from_environment("MOSH_KEY")
     if key_text is None:
         raise UsageError("MOSH_KEY environment variable not found.")
     key = Key.from_text(key_text)
