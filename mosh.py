@@ -3979,6 +3979,17 @@ def _duration(elapsed_ms: int, unit: str) -> str:
     return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
 
 
+_CLIPBOARD_CONTENTS = re.compile(r"[A-Za-z0-9+/]*=*")  # base64
+
+
+def disarm(screen: Framebuffer, shown: Framebuffer) -> None:
+    """Take back on `screen` what would make the user's terminal do more than show it; `shown` was drawn last."""
+    if not _CLIPBOARD_CONTENTS.fullmatch(screen.clipboard):
+        screen.clipboard = shown.clipboard  # security: to "?" a terminal answers with the clipboard, as if typed
+    screen.icon_name = screen.icon_name.replace("\x7f", "")
+    screen.window_title = screen.window_title.replace("\x7f", "")
+
+
 def prefix_titles(screen: Framebuffer, prefix: str) -> None:
     """Put `prefix` before the window title, and before the icon name where that is the same."""
     if screen.icon_name == screen.window_title:
@@ -4364,6 +4375,7 @@ class ClientCore:
         self.engine.cull(screen, now)
         self.engine.apply(screen)
         self.bar.draw(screen, now)
+        disarm(screen, self._shown)
         prefix_titles(screen, self._title_prefix)
         frame = self._display.frame(self._shown, screen, known=self._shown_is_known)
         self._shown, self._shown_is_known, self._drawn_at = screen, True, now
