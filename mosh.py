@@ -252,7 +252,7 @@ def inflate(data: bytes) -> bytes:
 #     nonce = 4 zero bytes, then (direction << 63 | sequence number) as 8 bytes
 #
 # The sequence number grows by one for every datagram sent, also for a retransmission. It is never set back: the
-# channel belongs to one process, which seals nothing before its last fork.
+# channel belongs to one process: it is made after the last fork, and should there be another, the copy is retired.
 #
 # We write no cipher. Two libraries can serve: the `cryptography` package, or the OpenSSL libcrypto that the
 # interpreter itself is linked with, which every ordinary Python has and which needs nothing installed.
@@ -513,6 +513,10 @@ class Channel:
         nonce = SEQUENCE.pack(self._direction << 63 | self._next_seq)
         self._next_seq += 1  # security: before anything can fail, so that no nonce is ever used twice
         return nonce + self._cipher.encrypt(NONCE_PREFIX + nonce, plaintext)
+
+    def retire(self) -> None:
+        """Seal nothing any more. For the copy in a forked process, which would use the same nonces again."""
+        self._blocks_left = -1
 
     def open(self, datagram: bytes) -> tuple[int, bytes]:
         """Return (sequence number, plaintext). Raises PacketError, or AuthenticationError if the tag does not match."""
@@ -5093,6 +5097,7 @@ def serve(options: ServerOptions) -> int:
     child = Child(options, (width, height), core_limit, [udp])
     now = monotonic_ms()
     channel = Channel(make_cipher(key.raw), TO_CLIENT)
+    os.register_at_fork(after_in_child=channel.retire)
     del key
     mtu_bytes = MTU_BYTES[_FAMILY_NAMES[socket.AddressFamily(udp.family)]]
     core = ServerCore(channel, now, width=width, height=height, random_bytes=os.urandom, mtu_bytes=mtu_bytes)
@@ -5417,6 +5422,7 @@ def run_client(
     forbid_tracing()
     terminal = RawTerminal(terminfo, options.init)
     channel = Channel(make_cipher(key.raw), TO_SERVER)
+    os.register_at_fork(after_in_child=channel.retire)
     del key
     core = _make_client_core(channel, candidates, port, options, terminfo)
     client = Client(core, terminal, asks=terminfo.title)

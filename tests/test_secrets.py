@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import os
 import signal
 import subprocess
@@ -11,11 +12,15 @@ import traceback
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import mosh
 import peers
 from conftest import require
 from ptys import PtyProcess, on_a_terminal
+from simnet import NEW_ADDRESS, Simulation
+from test_attack import ClientVictim, ServerVictim, Victim
 from test_faults import QUIT, environ_of_client, relatives
 
 pytestmark = [pytest.mark.live]
@@ -210,3 +215,95 @@ def test_a_secret_is_taken_from_the_environment_once(monkeypatch: pytest.MonkeyP
     assert mosh.take_secret_from_environment("MOSH_PLANTED") == "secret"
     assert "MOSH_PLANTED" not in os.environ
     assert mosh.take_secret_from_environment("MOSH_PLANTED") is None
+
+
+# -- no nonce twice --------------------------------------------------------------------------------------------
+#
+# The law: under one key, no 12-byte nonce is sealed twice, by whichever end, whatever happens.
+
+
+def _assert_unique(datagrams: list[bytes], at_least: int) -> None:
+    nonces = [datagram[:8] for datagram in datagrams]
+    assert len(set(nonces)) == len(nonces) >= at_least
+    assert nonces == sorted(nonces)                     # a counter that only moves forward
+
+
+@given(st.lists(st.tuples(st.sampled_from(("client", "server", "receive", "hop")), st.integers(-10**6, 10**6))))
+def test_no_nonce_is_used_twice_however_the_clock_jumps(schedule: list[tuple[str, int]]) -> None:
+    cipher = mosh.choose_cipher()(bytes(16))
+    ends = {
+        "client": mosh.DatagramLayer(mosh.Channel(cipher, mosh.TO_SERVER), 0, is_server=False),
+        "server": mosh.DatagramLayer(mosh.Channel(cipher, mosh.TO_CLIENT), 0, is_server=True),
+    }
+    sent: dict[str, list[bytes]] = {"client": [], "server": []}
+    now = 10**7
+    for action, jump_ms in schedule:
+        now += jump_ms
+        if action == "hop":
+            ends["client"].port_chosen(now)
+        elif action == "receive":
+            for datagram in sent["client"][-3:]:
+                ends["server"].receive_datagram(datagram, ("somewhere", now), now)
+        else:
+            sent[action].append(ends[action].seal(b"x", now))
+    for datagrams in sent.values():
+        _assert_unique(datagrams, 0)
+    assert not {datagram[:8] for datagram in sent["client"]} & {datagram[:8] for datagram in sent["server"]}
+
+
+def test_no_nonce_is_used_twice_by_retransmission_roaming_port_hops_and_long_silence() -> None:
+    sim = Simulation(1)
+    sim.link.loss, sim.link.duplication = 0.5, 0.3
+    sim.client.type("burst 50\r", every_ms=30)
+    sim.run(ms=4_000)
+    sim.client.move_to(NEW_ADDRESS)
+    sim.link.blocked.add(mosh.TO_CLIENT)
+    sim.run(ms=35_000)
+    assert len(sim.client.addresses) >= 3
+    sim.blackout(ms=400_000)
+    sim.run(ms=400_000)
+    sim.link.heal()
+    sim.client.type("back")
+    sim.run(ms=5_000)
+    for direction in (mosh.TO_SERVER, mosh.TO_CLIENT):
+        _assert_unique(sim.datagrams(direction), 50)
+
+
+def test_a_forked_copy_seals_nothing() -> None:
+    script = (
+        f"import sys; sys.path.insert(0, {str(peers.REPOSITORY)!r}); import mosh, os\n"
+        "def run(self):\n"
+        "    channel = self._core.transport.datagrams._channel\n"
+        "    channel.seal(b'x')\n"
+        "    pid = os.fork()\n"
+        "    try: channel.seal(b'x')\n"
+        "    except mosh.ProtocolError: os._exit(7)\n"
+        "    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), pid != 0, 'forked', flush=True); os._exit(0)\n"
+        "mosh.Server.run = run\nmosh.main(['mosh.py', *sys.argv[1:]])\n"
+    )
+    words = [sys.executable, "-c", script, "server", "new", "-v", "-i", peers.LOOPBACK, "-p", "0", "--", "true"]
+    said = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=LIMIT_SECONDS)
+    assert "7 True forked" in said.stdout, said.stderr
+
+
+@needs_proc
+@pytest.mark.parametrize("make", [ServerVictim, ClientVictim])
+def test_no_nonce_is_used_twice_by_a_program_that_is_stopped_and_hops(home: Path, make: type[Victim]) -> None:
+    """A live end, stopped and continued, whose peer then says nothing for so long that a client hops."""
+    with contextlib.closing(make("ours", home)) as victim:
+        for _ in range(3):
+            os.kill(victim.pid, signal.SIGSTOP)
+            victim.rest(100)
+            os.kill(victim.pid, signal.SIGCONT)
+            victim.echo()
+        port = victim.port
+        if make is ClientVictim:
+            sources: set[int] = set()
+            until = mosh.monotonic_ms() + mosh.PORT_HOP_MS + 8_000
+            while len(sources) < 2 and mosh.monotonic_ms() < until:
+                victim._waiter.wait([victim.sockets["peer"]], (), until)
+                while (received := victim.sockets["peer"].receive()) is not None:
+                    sources.add(received[1][1])
+                    victim.genuine["victim"].append(received[0])
+            assert len(sources) == 2 and port in sources
+        _assert_unique(victim.genuine["victim"], 5)
