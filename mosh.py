@@ -862,6 +862,7 @@ SHUTDOWN_MS = 10_000
 SENT_LIMIT = 32  # states in flight; beyond it one from the middle is dropped, so old and new bases remain
 SENT_DROP = 16  # which one, counted from the newest
 RECEIVED_LIMIT = 1_024  # states kept for the peer's diffs; beyond it only one more is taken per quench time
+RECEIVED_LIMIT_WEIGHT = 1 << 25  # the same for what they weigh together: 1024 screens of 180x180, 32 of a million cells
 QUENCH_MS = 15_000
 RESEND_LIMIT_BYTES, RESEND_EXTRA_BYTES = 1_000, 100  # diff from what is known to be there if it costs no more than this
 
@@ -873,6 +874,10 @@ EMPTY_DATAGRAM_BYTES = 110  # at most, for an instruction with an empty diff and
 
 class State(Protocol):
     """What the transport needs of an object it synchronizes. A state never changes once it has been handed over."""
+
+    @property
+    def weight(self) -> int:
+        """About how much memory the state takes for itself, in cells of a screen."""
 
     def diff_from(self, base: Any) -> bytes:
         """Return the message that turns `base`, an earlier state, into this one; empty if they are alike."""
@@ -1039,7 +1044,7 @@ class Receiver(Generic[Remote]):
             return False  # a duplicate, or a diff from a state we no longer have or never got
         base = self.states[nums.index(instruction.old_num)]
         kept = [entry for entry in self.states if entry.num >= instruction.throwaway_num]
-        if len(kept) > RECEIVED_LIMIT:
+        if len(kept) > RECEIVED_LIMIT or sum(entry.state.weight for entry in kept) > RECEIVED_LIMIT_WEIGHT:
             if now < self._quench_until:
                 self.states = kept
                 return False
@@ -2010,6 +2015,7 @@ class Parser:
 #   absent           alternate screens, character sets, REP, CNL, CPL, HPR, VPR: swallowed without effect
 
 TITLE_LIMIT = 256  # characters of an OSC title, its number included
+ANSWERS_LIMIT_BYTES = 1 << 14  # to what one feed asks; joining the answers to 4 MB of questions would take hours
 _CLIPBOARD = "52;c;"
 
 _KEEPS_WRAP_PENDING = {"I", "Z", "g", "m", "?h", "?l"}
@@ -2629,15 +2635,19 @@ class Emulator:
 
     def dsr(self, parameters: tuple[int, ...]) -> None:
         if parameters[0] == 5:
-            self._replies += b"\x1b[0n"
+            self._reply(b"\x1b[0n")
         elif parameters[0] == 6:
-            self._replies += b"\x1b[%d;%dR" % (self.framebuffer.cursor_row + 1, self.framebuffer.cursor_col + 1)
+            self._reply(b"\x1b[%d;%dR" % (self.framebuffer.cursor_row + 1, self.framebuffer.cursor_col + 1))
 
     def da(self, _parameters: tuple[int, ...]) -> None:
-        self._replies += b"\x1b[?62c"
+        self._reply(b"\x1b[?62c")
 
     def da2(self, _parameters: tuple[int, ...]) -> None:
-        self._replies += b"\x1b[>1;10;0c"
+        self._reply(b"\x1b[>1;10;0c")
+
+    def _reply(self, answer: bytes) -> None:
+        if len(self._replies) < ANSWERS_LIMIT_BYTES:
+            self._replies += answer
 
     def decstr(self, _parameters: tuple[int, ...]) -> None:
         self.insert_mode = self.origin_mode = self.application_cursor_keys = False
@@ -3153,6 +3163,7 @@ ECHO_ACK_DELAY_MS = 50
 SIZE_LIMIT = 0xFFFF  # rows or columns; what the kernel's window size can hold
 SCREEN_LIMIT_CELLS = 1 << 20  # what an end is willing to draw; five times a wall of 4K monitors
 EVENT_LIMIT = 2 * INSTRUCTION_LIMIT_BYTES  # events kept for diffs; a peer that needs more is broken
+HELLO_LIMIT_BYTES = 4_096
 CAPABILITIES: tuple[str, ...] = ()  # what this version can do beyond stock mosh
 
 
@@ -3198,6 +3209,8 @@ class Hello:
     @classmethod
     def decode(cls, data: bytes) -> Hello:
         """Parse a Hello message. Raises PacketError."""
+        if len(data) > HELLO_LIMIT_BYTES:
+            raise PacketError("hello is too long")
         capabilities, version = [], ""
         for number, value in decode_fields(data):
             if isinstance(value, bytes) and number == HELLO_CAPABILITY:
@@ -3275,6 +3288,11 @@ class UserStream:
 
     # -- State
 
+    @property
+    def weight(self) -> int:
+        """See State; the events are all states' together, and have a limit of their own."""
+        return 1
+
     def diff_from(self, base: UserStream) -> bytes:
         """Return a UserMessage with the events after `base`."""
         out = []
@@ -3338,6 +3356,11 @@ class TerminalState:
         )
 
     __hash__ = None  # type: ignore[assignment]
+
+    @property
+    def weight(self) -> int:
+        """See State."""
+        return self.framebuffer.width * self.framebuffer.height
 
     def diff_from(self, base: TerminalState) -> bytes:
         """Return a HostMessage; see State."""
@@ -3440,6 +3463,11 @@ _BLANKS = ("", " ", "\xa0")
 CodePair = tuple[str, str]  # a cell as (text, attrs) code points
 
 
+# A user who types on while the network is down would be remembered key by key; only the newest count for anything.
+OLDS_LIMIT = 64  # former contents of a cell
+CURSORS_LIMIT = 256  # predicted cursors, one per epoch
+
+
 class PredictionMode(Enum):
     """When predictions are shown."""
 
@@ -3491,10 +3519,15 @@ class CellPrediction:
         self.olds = []
         self.expires = self.until = NEVER
 
+    def remember(self, old: CodePair) -> None:
+        """Take note of what was there before."""
+        if old not in self.olds:
+            self.olds = [*self.olds[1 - OLDS_LIMIT :], old]
+
     def recycle(self) -> None:
         """Make room for a newer prediction, remembering this one as something that may have been there."""
         if self.active and not self.unknown:
-            self.olds.append(self.new)
+            self.remember(self.new)
             self.active = False
             self.expires = self.until = NEVER
         else:
@@ -3762,7 +3795,8 @@ class PredictionEngine:
         """See ParserSink; keys hold none that matters."""
 
     def _new_cursor(self, row: int, col: int) -> CursorPrediction:
-        self.cursors.append(CursorPrediction(row, col, self.epoch, self._last_sent_num + 1))
+        cursor = CursorPrediction(row, col, self.epoch, self._last_sent_num + 1)
+        self.cursors = [*self.cursors[1 - CURSORS_LIMIT :], cursor]
         return self.cursors[-1]
 
     def _ensure_cursor(self) -> CursorPrediction:
@@ -3792,7 +3826,7 @@ class PredictionEngine:
         cell = self._row_cells(row)[col]
         cell.recycle()
         self._arm(cell)
-        cell.olds.append(self._screen.code_at(row, col))
+        cell.remember(self._screen.code_at(row, col))
         return cell
 
     def _take_from(self, cell: CellPrediction, row: int, col: int) -> None:
@@ -3818,7 +3852,7 @@ class PredictionEngine:
             cell.recycle()
             self._arm(cell)
             text, attr = screen.code_at(screen.cursor_row, screen.cursor_col)
-            cell.olds.append((text, attr))
+            cell.remember((text, attr))
             cell.new = (self._same_shape(text, " "), attr)
             return
         for col in range(cursor.col, width):
@@ -4710,6 +4744,7 @@ def own_program() -> list[str]:
 PTY_READ_BYTES = 16_384
 PTY_TURN_BYTES = 65_536  # read at most this much of a flood before keys and other events have their turn
 FIRST_CLIENT_MS = 60_000
+DROPS_LOGGED = 16  # with -v: each of the first dropped datagrams has a line
 EXEC_FAILURE_PAUSE_S = 3  # so that the text can reach the client
 LOCALE_VARIABLES = (
     *("LANG", "LANGUAGE", "LC_CTYPE", "LC_NUMERIC", "LC_TIME", "LC_COLLATE", "LC_MONETARY", "LC_MESSAGES"),
@@ -4989,7 +5024,9 @@ class Server:
             try:
                 self._core.receive_datagram(data, source, now, congested)
             except PacketError as error:
-                self._log(f"dropped a datagram of {len(data)} bytes: {error}")
+                count = self._core.transport.stats["dropped"]
+                if count <= DROPS_LOGGED or count & (count - 1) == 0:  # then only at powers of two: a log is no target
+                    self._log(f"dropped a datagram of {len(data)} bytes, the {count}. one: {error}")
         if self._core.peer is not None and self._core.peer != self._peer:
             self._peer = self._core.peer
             self._log(f"Server now attached to client at {self._peer[0]}:{self._peer[1]}")
