@@ -3,18 +3,21 @@
 # PYTHON=python3.12     the interpreter to use
 # HOST=you@host         run: log in there; without it, a session on this machine that needs no ssh
 # SEED=n                sim: repeat the run with this seed
+# COUNT=n               attack: so many datagrams of each kind
 # TESTS="..."           test: arguments for pytest instead of the folder tests
 
 PYTHON ?= python3
 HOST ?=
 SEED ?=
 TESTS ?= tests
+COUNT ?= 10000
 
 VENV := .venv
 PYTEST := $(VENV)/bin/python -m pytest -c tests/pytest.ini --rootdir .
 SOURCES := mosh.py build_zipapp.py tests
 
-.PHONY: all run slim test lint sim bench bench-terminal bench-network bench-simulated bench-start fuzz clean help peers
+.PHONY: all run slim test lint sim bench bench-terminal bench-network bench-simulated bench-start fuzz attack clean help
+.PHONY: peers
 
 all: mosh.pyz ## build mosh.pyz, the one file to run and to copy (plain `make` does this)
 
@@ -60,6 +63,9 @@ bench-terminal bench-network bench-simulated bench-start: bench-%: $(VENV)/.tool
 
 fuzz: $(VENV)/.tools ## run the tests on random input for much longer
 	MOSH_FUZZ_LONG=1 $(PYTEST) -m fuzz tests
+
+attack: $(VENV)/.tools peers ## send ten thousand of each kind of hostile datagram, also to stock mosh; print what they cost
+	MOSH_ATTACK_COUNT=$(COUNT) $(PYTEST) -s tests/test_attack.py tests/test_faults.py
 
 clean: ## remove everything that make has made, .venv included
 	rm -rf mosh.pyz mosh-slim.pyz $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -253,7 +253,7 @@ def inflate(data: bytes) -> bytes:
 #     nonce = 4 zero bytes, then (direction << 63 | sequence number) as 8 bytes
 #
 # The sequence number grows by one for every datagram sent, also for a retransmission. It is never set back: the
-# channel belongs to one process, which seals nothing before its last fork.
+# channel belongs to one process: it is made after the last fork, and should there be another, the copy is retired.
 #
 # We write no cipher. Two libraries can serve: the `cryptography` package, or the OpenSSL libcrypto that the
 # interpreter itself is linked with, which every ordinary Python has and which needs nothing installed.
@@ -515,6 +515,10 @@ class Channel:
         self._next_seq += 1  # security: before anything can fail, so that no nonce is ever used twice
         return nonce + self._cipher.encrypt(NONCE_PREFIX + nonce, plaintext)
 
+    def retire(self) -> None:
+        """Seal nothing any more. For the copy in a forked process, which would use the same nonces again."""
+        self._blocks_left = -1
+
     def open(self, datagram: bytes) -> tuple[int, bytes]:
         """Return (sequence number, plaintext). Raises PacketError, or AuthenticationError if the tag does not match."""
         if len(datagram) < MIN_SEALED_BYTES:
@@ -539,6 +543,9 @@ class Channel:
 #
 # Roaming is then one rule: the server answers to wherever the newest authentic datagram came from. What a client does
 # when answers stop is to try a new local port, since NATs forget, and the server's other addresses (section 15).
+#
+# Whoever can hold up a client's datagram can deliver it from somebody else's address, and have the server flood that.
+# So an address that the server has moved to gets only a few times the bytes that came from it, until it is heard again.
 
 RTT_LIMIT_MS = 5_000  # a longer sample says that a laptop slept, not that the path is long
 RTO_MS = (50, 1_000)  # bounds of the retransmission timeout
@@ -546,6 +553,7 @@ FRAME_INTERVAL_MS = (20, 250)  # bounds of the time between frames, which is SRT
 INITIAL_SRTT_MS = 1_000.0
 TIMESTAMP_HOLD_MS = 1_000  # a timestamp older than this is not echoed
 CONGESTION_PENALTY_MS = 500  # a marked packet is reported this much later, which slows the peer's frames
+AMPLIFICATION_LIMIT = 3  # times the bytes received may go to an address not yet heard again; as in QUIC, RFC 9000
 ASSOCIATION_MS = 40_000  # a server stops sending to an address silent for so long
 PORT_HOP_MS = 10_000  # a client without an answer for so long tries another local port
 MAX_OLD_PORT_AGE_MS = 60_000  # and closes the old ones after this
@@ -687,6 +695,7 @@ class DatagramLayer:
         # whom to answer
         self.peers: list[Address] = []  # a server has at most one; a client may try several candidates
         self.last_heard_at: int | None = None  # arrival of the newest authentic datagram
+        self.allowance_bytes: int | None = None  # what may still go to an address not yet heard again; None: anything
         # timestamps
         self._saved_timestamp: int | None = None
         self._saved_at = 0
@@ -707,6 +716,8 @@ class DatagramLayer:
         if self.loss.observe(seq):
             timestamp, reply = TIMESTAMPS.unpack_from(plaintext)
             self._take_timestamps(timestamp, reply, now, congested)
+            if self._is_server and self.last_heard_at is not None:
+                self.allowance_bytes = None if source in self.peers else AMPLIFICATION_LIMIT * len(datagram)
             self.last_heard_at = now
             if self._is_server:
                 self.peers = [source]
@@ -727,7 +738,10 @@ class DatagramLayer:
         if self._saved_timestamp is not None and now - self._saved_at < TIMESTAMP_HOLD_MS:
             reply = (self._saved_timestamp + now - self._saved_at) % 0x10000
             self._saved_timestamp = None
-        return self._channel.seal(TIMESTAMPS.pack(_timestamp(now), reply) + payload)
+        datagram = self._channel.seal(TIMESTAMPS.pack(_timestamp(now), reply) + payload)
+        if self.allowance_bytes is not None:
+            self.allowance_bytes -= len(datagram)
+        return datagram
 
     def forget_silent_peer(self, now: int) -> bool:
         """Server: after sending, drop an address that has been silent too long. Returns whether it was dropped."""
@@ -973,12 +987,23 @@ SHUTDOWN_MS = 10_000
 SENT_LIMIT = 32  # states in flight; beyond it one from the middle is dropped, so old and new bases remain
 SENT_DROP = 16  # which one, counted from the newest
 RECEIVED_LIMIT = 1_024  # states kept for the peer's diffs; beyond it only one more is taken per quench time
+RECEIVED_LIMIT_WEIGHT = 1 << 25  # the same for what they weigh together: 1024 screens of 180x180, 32 of a million cells
 QUENCH_MS = 15_000
 RESEND_LIMIT_BYTES, RESEND_EXTRA_BYTES = 1_000, 100  # diff from what is known to be there if it costs no more than this
+
+# While an address may not be sent much (section 5), a diff that is too large waits, and a probe goes instead: a diff
+# that changes nothing and is acknowledged within ACK_DELAY_MS like any other, by which the address is heard again.
+PROBE_DIFF = encode_field(MESSAGE_INSTRUCTION, b"")
+HURRIED_BYTES = 400  # what a client that has moved sends at least, so that a server may answer with a whole datagram
+EMPTY_DATAGRAM_BYTES = 110  # at most, for an instruction with an empty diff and state numbers below 2**32
 
 
 class State(Protocol):
     """What the transport needs of an object it synchronizes. A state never changes once it has been handed over."""
+
+    @property
+    def weight(self) -> int:
+        """About how much memory the state takes for itself, in cells of a screen."""
 
     def diff_from(self, base: Any) -> bytes:
         """Return the message that turns `base`, an earlier state, into this one; empty if they are alike."""
@@ -1024,7 +1049,7 @@ class Sender(Generic[Local]):
         self._debt_at = now
         self._next_send_at: int | None = None
         self._next_ack_at: int = now
-        self._hurried = False
+        self.hurried = False  # see hurry
         # shutdown
         self.shutdown_at: int | None = None
         self.shutdown_tries = 0
@@ -1033,7 +1058,7 @@ class Sender(Generic[Local]):
 
     def update_timers(self, now: int) -> None:
         """Work out anew what to assume and when to send."""
-        self._assumed = self.sent[0] if self._hurried else self._assume(now)
+        self._assumed = self.sent[0] if self.hurried else self._assume(now)
         self.current.forget_before(self.sent[0].state)
         if self.data_ack_due:
             self._next_ack_at = min(self._next_ack_at, now + ACK_DELAY_MS)
@@ -1094,7 +1119,7 @@ class Sender(Generic[Local]):
         peer takes it for news even if it has heard the contents before, and resends what it has for us.
         """
         self._next_ack_at = min(self._next_ack_at, now)
-        self._hurried = True
+        self.hurried = True
 
     def _pacing_ms(self, now: int) -> int:
         """Return how long after the last instruction the next one with something new may go out."""
@@ -1111,8 +1136,11 @@ class Sender(Generic[Local]):
 
     # -- instructions out
 
-    def instruction_to_send(self, now: int) -> Instruction | None:
-        """Return the instruction that is due, if one is, and count it as sent. Call update_timers first."""
+    def instruction_to_send(self, now: int, room_bytes: int | None = None) -> Instruction | None:
+        """Return the instruction that is due, if one is, and count it as sent. Call update_timers first.
+
+        `room_bytes`: an empty diff and one larger than this give way to a probe.
+        """
         ack_due = now >= self._next_ack_at
         if not ack_due and (self._next_send_at is None or now < self._next_send_at):
             return None
@@ -1120,7 +1148,10 @@ class Sender(Generic[Local]):
         if not diff and not ack_due:
             self._next_send_at = self._changed_at = None
             return None
-        return self._send(base, diff, now)
+        if room_bytes is None or 0 < len(diff) <= room_bytes:
+            return self._send(base, diff, now, self.current)
+        known = self.sent[0]
+        return self._send(known, PROBE_DIFF if self.shutdown_at is None else b"", now, known.state)
 
     def _best_diff(self) -> tuple[NumberedState[Local], bytes]:
         """Diff from the assumed state, or from the acknowledged one where that costs little and is safer.
@@ -1135,17 +1166,17 @@ class Sender(Generic[Local]):
                 return self.sent[0], full
         return base, diff
 
-    def _send(self, base: NumberedState[Local], diff: bytes, now: int) -> Instruction:
+    def _send(self, base: NumberedState[Local], diff: bytes, now: int, state: Local) -> Instruction:
         last = self.sent[-1]
-        # an empty ack takes a number of its own
-        retransmission = bool(diff) and self.current == last.state and not self._hurried
+        # an empty ack takes a number of its own, and so does a probe
+        retransmission = diff not in (b"", PROBE_DIFF) and state == last.state and not self.hurried
         num = LAST_STATE_NUM if self.shutdown_at is not None else last.num if retransmission else last.num + 1
         if num == last.num:
             last.at = now
             self._copies += 1
         else:
             self._copies = 1
-            self.sent.append(NumberedState(num, now, self.current))
+            self.sent.append(NumberedState(num, now, state))
             if len(self.sent) > SENT_LIMIT:
                 del self.sent[-SENT_DROP]
         if num == LAST_STATE_NUM:
@@ -1154,7 +1185,7 @@ class Sender(Generic[Local]):
             self._unacked_since = now
         self._next_ack_at = now + ACK_INTERVAL_MS
         self._next_send_at = self._changed_at = None
-        self.data_ack_due = self._resend_now = self._hurried = False
+        self.data_ack_due = self._resend_now = self.hurried = False
         return Instruction(base.num, num, self.ack_num, self.sent[0].num, diff)
 
     # -- acks in
@@ -1198,7 +1229,7 @@ class Receiver(Generic[Remote]):
             return False  # a duplicate, or a diff from a state we no longer have or never got
         base = self.states[nums.index(instruction.old_num)]
         kept = [entry for entry in self.states if entry.num >= instruction.throwaway_num]
-        if len(kept) > RECEIVED_LIMIT:
+        if len(kept) > RECEIVED_LIMIT or sum(entry.state.weight for entry in kept) > RECEIVED_LIMIT_WEIGHT:
             if now < self._quench_until:
                 self.states = kept
                 return False
@@ -1271,7 +1302,8 @@ class Transport(Generic[Local, Remote]):
         self.datagrams.last_round_trip_at = sender.sent[0].at
         if self.receiver.receive(instruction, now):
             sender.ack_num = instruction.new_num
-            sender.data_ack_due = sender.data_ack_due or bool(instruction.diff)
+            unproven = self.datagrams.allowance_bytes is not None  # an address that a probe shall prove soon
+            sender.data_ack_due = sender.data_ack_due or unproven or bool(instruction.diff)
             if self.phase is Phase.CONNECTING:
                 self.phase = Phase.CONNECTED
         if self.phase is Phase.CLOSING and sender.sent[0].num == LAST_STATE_NUM:
@@ -1283,7 +1315,7 @@ class Transport(Generic[Local, Remote]):
         """Return the datagrams that are due, each for every address in `datagrams.peers`."""
         self._check_shutdown(now)
         self.sender.update_timers(now)
-        if self.phase is Phase.CLOSED or not self.datagrams.peers:
+        if self.phase is Phase.CLOSED or not self._may_send:
             self._train.clear()
             return []
         self.datagrams.mtu.update(now, self.sender.patience_ms)
@@ -1308,8 +1340,10 @@ class Transport(Generic[Local, Remote]):
     def _start_train(self, now: int) -> None:
         """Line up the fragments of the instruction that is due, if one is."""
         mtu = self.datagrams.mtu
-        may_probe = self.sender.is_idle
-        instruction = self.sender.instruction_to_send(now)
+        may_probe, hurried = self.sender.is_idle, self.sender.hurried
+        allowance = self.datagrams.allowance_bytes
+        room_bytes = None if allowance is None else allowance - EMPTY_DATAGRAM_BYTES
+        instruction = self.sender.instruction_to_send(now, room_bytes)
         if instruction is None:
             return
         mtu_bytes = mtu.bytes
@@ -1319,6 +1353,8 @@ class Transport(Generic[Local, Remote]):
             mtu.probe_sent(instruction.new_num, now)
         else:
             chaff_bytes = self._random_bytes(1)[0] % (MAX_CHAFF_BYTES + 1)
+            if hurried and allowance is None:
+                chaff_bytes += max(0, HURRIED_BYTES - EMPTY_DATAGRAM_BYTES - len(instruction.diff))
         instruction.chaff = self._random_bytes(chaff_bytes)
         fragments = self._fragmenter.fragments_of_retry(instruction, mtu_bytes)
         sizes = [DATAGRAM_OVERHEAD_BYTES + len(fragment.encode()) for fragment in fragments]
@@ -1339,7 +1375,7 @@ class Transport(Generic[Local, Remote]):
         if self.phase is Phase.CLOSED:
             return None
         deadlines = []
-        if self.datagrams.peers:
+        if self._may_send:
             deadlines.append(self._train[0][0] if self._train else self.sender.next_timeout())
         if self.sender.shutdown_at is not None:
             deadlines.append(self.sender.shutdown_at + SHUTDOWN_MS)
@@ -1377,6 +1413,12 @@ class Transport(Generic[Local, Remote]):
             self.phase, self.clean = Phase.CLOSED, clean
 
     # -- queries
+
+    @property
+    def _may_send(self) -> bool:
+        """Whether there is an address, and it may be sent an instruction."""
+        allowance = self.datagrams.allowance_bytes
+        return bool(self.datagrams.peers) and (allowance is None or allowance >= EMPTY_DATAGRAM_BYTES)
 
     @property
     def remote(self) -> NumberedState[Remote]:
@@ -2238,6 +2280,7 @@ def _append(out: list[str], piece: str, is_text: bool = False) -> None:
 #   absent           alternate screens, character sets, REP, CNL, CPL, HPR, VPR: swallowed without effect
 
 TITLE_LIMIT = 256  # characters of an OSC title, its number included
+ANSWERS_LIMIT_BYTES = 1 << 14  # to what one feed asks; joining the answers to 4 MB of questions would take hours
 _CLIPBOARD = "52;c;"
 
 _NEVER_FITS = 1 << 20  # what counts as the width of a character that cannot start a cell
@@ -2853,15 +2896,19 @@ class Emulator:
 
     def dsr(self, parameters: Parameters) -> None:
         if parameters[0] == 5:
-            self._replies += b"\x1b[0n"
+            self._reply(b"\x1b[0n")
         elif parameters[0] == 6:
-            self._replies += b"\x1b[%d;%dR" % (self.framebuffer.cursor_row + 1, self.framebuffer.cursor_col + 1)
+            self._reply(b"\x1b[%d;%dR" % (self.framebuffer.cursor_row + 1, self.framebuffer.cursor_col + 1))
 
     def da(self, _parameters: Parameters) -> None:
-        self._replies += b"\x1b[?62c"
+        self._reply(b"\x1b[?62c")
 
     def da2(self, _parameters: Parameters) -> None:
-        self._replies += b"\x1b[>1;10;0c"
+        self._reply(b"\x1b[>1;10;0c")
+
+    def _reply(self, answer: bytes) -> None:
+        if len(self._replies) < ANSWERS_LIMIT_BYTES:
+            self._replies += answer
 
     def decstr(self, _parameters: Parameters) -> None:
         self.insert_mode = self.origin_mode = self.application_cursor_keys = False
@@ -3431,6 +3478,7 @@ ECHO_ACK_DELAY_MS = 50
 SIZE_LIMIT = 0xFFFF  # rows or columns; what the kernel's window size can hold
 SCREEN_LIMIT_CELLS = 1 << 20  # what an end is willing to draw; five times a wall of 4K monitors
 EVENT_LIMIT = 2 * INSTRUCTION_LIMIT_BYTES  # events kept for diffs; a peer that needs more is broken
+HELLO_LIMIT_BYTES = 4_096
 CAPABILITIES: tuple[str, ...] = ()  # what this version can do beyond stock mosh
 
 
@@ -3476,6 +3524,8 @@ class Hello:
     @classmethod
     def decode(cls, data: bytes) -> Hello:
         """Parse a Hello message. Raises PacketError."""
+        if len(data) > HELLO_LIMIT_BYTES:
+            raise PacketError("hello is too long")
         capabilities, version = [], ""
         for number, value in decode_fields(data):
             if isinstance(value, bytes) and number == HELLO_CAPABILITY:
@@ -3553,6 +3603,11 @@ class UserStream:
 
     # -- State
 
+    @property
+    def weight(self) -> int:
+        """See State; the events are all states' together, and have a limit of their own."""
+        return 1
+
     def diff_from(self, base: UserStream) -> bytes:
         """Return a UserMessage with the events after `base`."""
         out = []
@@ -3616,6 +3671,11 @@ class TerminalState:
         )
 
     __hash__ = None  # type: ignore[assignment]
+
+    @property
+    def weight(self) -> int:
+        """See State."""
+        return self.framebuffer.width * self.framebuffer.height
 
     def diff_from(self, base: TerminalState) -> bytes:
         """Return a HostMessage; see State."""
@@ -3718,6 +3778,11 @@ _BLANKS = ("", " ", "\xa0")
 CodePair = tuple[str, str]  # a cell as (text, attrs) code points
 
 
+# A user who types on while the network is down would be remembered key by key; only the newest count for anything.
+OLDS_LIMIT = 64  # former contents of a cell
+CURSORS_LIMIT = 256  # predicted cursors, one per epoch
+
+
 class PredictionMode(Enum):
     """When predictions are shown."""
 
@@ -3769,10 +3834,15 @@ class CellPrediction:
         self.olds = []
         self.expires = self.until = NEVER
 
+    def remember(self, old: CodePair) -> None:
+        """Take note of what was there before."""
+        if old not in self.olds:
+            self.olds = [*self.olds[1 - OLDS_LIMIT :], old]
+
     def recycle(self) -> None:
         """Make room for a newer prediction, remembering this one as something that may have been there."""
         if self.active and not self.unknown:
-            self.olds.append(self.new)
+            self.remember(self.new)
             self.active = False
             self.expires = self.until = NEVER
         else:
@@ -4031,7 +4101,8 @@ class PredictionEngine:
                 self._newline()
 
     def _new_cursor(self, row: int, col: int) -> CursorPrediction:
-        self.cursors.append(CursorPrediction(row, col, self.epoch, self._last_sent_num + 1))
+        cursor = CursorPrediction(row, col, self.epoch, self._last_sent_num + 1)
+        self.cursors = [*self.cursors[1 - CURSORS_LIMIT :], cursor]
         return self.cursors[-1]
 
     def _ensure_cursor(self) -> CursorPrediction:
@@ -4061,7 +4132,7 @@ class PredictionEngine:
         cell = self._row_cells(row)[col]
         cell.recycle()
         self._arm(cell)
-        cell.olds.append(self._screen.code_at(row, col))
+        cell.remember(self._screen.code_at(row, col))
         return cell
 
     def _take_from(self, cell: CellPrediction, row: int, col: int) -> None:
@@ -4087,7 +4158,7 @@ class PredictionEngine:
             cell.recycle()
             self._arm(cell)
             text, attr = screen.code_at(screen.cursor_row, screen.cursor_col)
-            cell.olds.append((text, attr))
+            cell.remember((text, attr))
             cell.new = (self._same_shape(text, " "), attr)
             return
         for col in range(cursor.col, width):
@@ -4186,6 +4257,11 @@ class NotificationBar:
         if self._is_network_error and self._expires_at is not None:
             self._expires_at = min(self._expires_at, now + MESSAGE_MS)
 
+    @property
+    def tells_network_error(self) -> bool:
+        """Whether the newest word is the system's on a failure to send, which is the reason of what follows from it."""
+        return self._is_network_error
+
     def text(self, now: int) -> str:
         """Return the whole line, empty if nothing is to be shown."""
         if self._expires_at is not None and now >= self._expires_at:
@@ -4245,6 +4321,17 @@ def _duration(elapsed_ms: int, unit: str) -> str:
     if minutes < 60:
         return f"{minutes}:{seconds:02d}"
     return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
+
+
+_CLIPBOARD_CONTENTS = re.compile(r"[A-Za-z0-9+/]*=*")  # base64
+
+
+def disarm(screen: Framebuffer, shown: Framebuffer) -> None:
+    """Take back on `screen` what would make the user's terminal do more than show it; `shown` was drawn last."""
+    if not _CLIPBOARD_CONTENTS.fullmatch(screen.clipboard):
+        screen.clipboard = shown.clipboard  # security: to "?" a terminal answers with the clipboard, as if typed
+    screen.icon_name = screen.icon_name.replace("\x7f", "")
+    screen.window_title = screen.window_title.replace("\x7f", "")
 
 
 def prefix_titles(screen: Framebuffer, prefix: str) -> None:
@@ -4679,7 +4766,10 @@ class ClientCore:
         expected_seq = datagrams.loss.expected_seq
         self.transport.receive_datagram(data, source, now, congested)
         if datagrams.loss.expected_seq != expected_seq:
+            searching = self.roaming.searching
             self.roaming.heard(source, now, datagrams.last_round_trip_at)
+            if searching and not self.roaming.searching:
+                self.transport.hurry(now)  # until it hears from us again, the server may not send us much
         if was_connecting and self.phase is Phase.CONNECTED and not self._in_command:
             self.bar.set_message("", now, permanent=True)  # the notice of a missing answer
         self.bar.last_heard_at = self.transport.remote.at
@@ -4802,6 +4892,7 @@ class ClientCore:
         self.engine.cull(screen, now)
         self.engine.apply(screen)
         self.bar.draw(screen, now)
+        disarm(screen, self._shown)
         prefix_titles(screen, self._title_prefix)
         frame = self._display.frame(self._shown, screen, known=self._shown_is_known)
         self._shown, self._shown_is_known, self._drawn_at = screen, True, now
@@ -4843,7 +4934,7 @@ class ClientCore:
             return
         if waited_ms > CONNECT_LIMIT_MS:
             self.start_shutdown("Timed out waiting for server...", now)
-        elif waited_ms > CONNECT_NOTICE_MS and not self._in_command:
+        elif waited_ms > CONNECT_NOTICE_MS and not self._in_command and not self.bar.tells_network_error:
             self.bar.set_message(f"Nothing received from server on UDP port {self._port}.", now)
 
     # -- queries
@@ -4918,7 +5009,8 @@ DATAGRAMS_PER_TURN = 64  # read at most this many before everything else has its
 _ECN_CAPABLE = 0x02  # IP TOS: ECT(0), RFC 3168
 _ECN_CONGESTED = 0x03
 _LINUX_IP_RECVTOS, _LINUX_IP_MTU_DISCOVER = 13, 10  # not in Python's socket module before 3.10 and 3.12
-# Not in it before 3.12: the option that asks for a datagram's own address, and the kind of what then comes with it.
+_PR_SET_DUMPABLE = 4  # Linux, prctl(2)
+# Not in Python's before 3.12: the option that asks for a datagram's own address, and the kind of what then comes.
 _IP_PKTINFO = {"linux": 8, "darwin": 26}.get(sys.platform)
 _IPV6_RECVPKTINFO = getattr(socket, "IPV6_RECVPKTINFO", None)
 _IPV6_PKTINFO = getattr(socket, "IPV6_PKTINFO", None)
@@ -4973,6 +5065,34 @@ def disable_core_dumps() -> tuple[int, int] | None:
     except (OSError, ValueError):
         return None
     return soft, hard
+
+
+def forbid_tracing() -> None:
+    """Keep other processes of the user, and core dumps that a program takes in, out of this one's memory.
+
+    Linux only. It also hides /proc/PID/environ. It lasts until the next exec, so the program on the pty is as always.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    with contextlib.suppress(ImportError, OSError, AttributeError):  # a Python without ctypes has to do without
+        import ctypes  # 2 ms, after MOSH CONNECT has been printed
+
+        ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
+
+
+def take_secret_from_environment(name: str) -> str | None:
+    """Return an environment variable and remove it, also from what `ps` and /proc show of this process."""
+    if name not in os.environ:
+        return None
+    with contextlib.suppress(ImportError, OSError, AttributeError):
+        import ctypes  # 2 ms
+
+        getenv = ctypes.CDLL(None).getenv
+        getenv.restype = ctypes.c_void_p
+        address = getenv(name.encode())
+        if address:  # security: removing it only unlinks it, the text stays where exec has put it
+            ctypes.memset(address, 0, len(environment_bytes(name) or b""))
+    return os.environ.pop(name)
 
 
 class SendFailure(Enum):
@@ -5267,6 +5387,7 @@ def own_program() -> list[str]:
 PTY_READ_BYTES = 16_384
 PTY_TURN_BYTES = 65_536  # read at most this much of a flood before keys and other events have their turn
 FIRST_CLIENT_MS = 60_000
+DROPS_LOGGED = 16  # with -v: each of the first dropped datagrams has a line
 EXEC_FAILURE_PAUSE_S = 3  # so that the text can reach the client
 LOCALE_VARIABLES = (
     *("LANG", "LANGUAGE", "LC_CTYPE", "LC_NUMERIC", "LC_TIME", "LC_COLLATE", "LC_MONETARY", "LC_MESSAGES"),
@@ -5408,6 +5529,8 @@ class Child:
     def release(self) -> None:
         """Let the program start."""
         if self._gate >= 0:
+            with contextlib.suppress(OSError):  # it has died meanwhile
+                os.write(self._gate, b"\n")
             os.close(self._gate)
             self._gate = -1
 
@@ -5431,7 +5554,8 @@ def _run_child(options: ServerOptions, core_limit: tuple[int, int] | None, gate:
     modes = termios.tcgetattr(0)
     modes[0] |= _IUTF8
     termios.tcsetattr(0, termios.TCSANOW, modes)
-    os.read(gate, 1)  # end of file: the server has let go of its end
+    if not os.read(gate, 1):
+        return  # the server has died before a client came: nobody would see what the program does
     os.close(gate)
     if core_limit is not None:
         import resource
@@ -5549,7 +5673,9 @@ class Server:
             try:
                 self._core.receive_datagram(data, source, now, congested)
             except PacketError as error:
-                self._log(f"dropped a datagram of {len(data)} bytes: {error}")
+                count = self._core.transport.stats["dropped"]
+                if count <= DROPS_LOGGED or count & (count - 1) == 0:  # then only at powers of two: a log is no target
+                    self._log(f"dropped a datagram of {len(data)} bytes, the {count}. one: {error}")
         if self._core.peer is not None and self._core.peer != self._peer:
             self._peer = self._core.peer
             self._log(f"Server now attached to client at {self._peer[0]}:{self._peer[1]}")
@@ -5653,9 +5779,11 @@ def serve(options: ServerOptions) -> int:
         print(f"\nmosh-server (mosh.py {__version__})\n\n[mosh-server detached, pid = {pid}]", file=sys.stderr)
         return 0
     _detach(keep_output=options.verbose > 0)
+    forbid_tracing()  # before the program's process is forked, which has the key in its memory until it execs
     child = Child(options, (width, height), core_limit, [udp])
     now = monotonic_ms()
     channel = Channel(make_cipher(key.raw), TO_CLIENT)
+    os.register_at_fork(after_in_child=channel.retire)
     del key
     mtu_bytes = MTU_BYTES[_FAMILY_NAMES[socket.AddressFamily(udp.family)]]
     core = ServerCore(channel, now, width=width, height=height, random_bytes=os.urandom, mtu_bytes=mtu_bytes)
@@ -6021,7 +6149,7 @@ class Client:
             for i, candidate in enumerate(core.peers)
         ]
         failures = [error and send_failure(error) for error in errors]
-        reached = None in failures or SendFailure.LOST in failures or SendFailure.TOO_BIG in failures
+        reached = None in failures or SendFailure.TOO_BIG in failures
         if SendFailure.TOO_BIG in failures:
             core.transport.datagrams.shrink_mtu()
         if failures[0] is SendFailure.NO_PATH:
@@ -6093,8 +6221,11 @@ def run_client(
     `names`: what to look up again, for addresses of `family`, when the server is no longer where it was.
     """
     disable_core_dumps()
+    forbid_tracing()
     terminal = RawTerminal(terminfo, options.init)
     channel = Channel(make_cipher(key.raw), TO_SERVER)
+    os.register_at_fork(after_in_child=channel.retire)
+    del key
     names = list(names)
     core = _make_client_core(channel, candidates, port, options, terminfo, named=bool(names))
     client = Client(core, terminal, Lookup(names, port, family), asks=terminfo.title)
@@ -6818,7 +6949,7 @@ def client_main(program: str, words: Sequence[str]) -> int:
         raise UsageError(_CLIENT_USAGE.format(program=program))
     host, port_text = operands
     port = parse_port(port_text)
-    key_text = os.environ.pop("MOSH_KEY", None)
+    key_text = take_secret_from_environment("MOSH_KEY")
     if key_text is None:
         raise UsageError("MOSH_KEY environment variable not found.")
     key = Key.from_text(key_text)

@@ -30,6 +30,11 @@ class PtyProcess:
             command, env=dict(environ), stdin=user, stdout=user, stderr=user, start_new_session=True
         )
 
+    @property
+    def pid(self) -> int:
+        """The process id."""
+        return self._process.pid
+
     def modes(self) -> list[object]:
         """The terminal's modes now."""
         return list(termios.tcgetattr(self._user))
@@ -54,6 +59,12 @@ class PtyProcess:
         """Send a signal to the process, which leads a group of its own, and to what it runs."""
         os.killpg(self._process.pid, number)
 
+    def hang_up(self) -> None:
+        """Close the terminal under the process, as closing its window does."""
+        for descriptor in (self._keeper, self._user):
+            os.close(descriptor)
+        self._keeper = self._user = -1
+
     def wait(self) -> int:
         """Read everything, and return the exit status."""
         self.read_until(lambda _: self._process.poll() is not None)
@@ -69,8 +80,9 @@ class PtyProcess:
         if self._process.poll() is None:
             self._process.kill()
         self._process.wait()
-        os.close(self._keeper)
-        os.close(self._user)
+        if self._keeper >= 0:
+            os.close(self._keeper)
+            os.close(self._user)
 
 
 @contextmanager

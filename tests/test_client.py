@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pty
 import signal
@@ -13,11 +14,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+import grammar
 import mosh
 import peers
 from peers import LOOPBACK, running_server, session_env
 from ptys import PtyProcess, on_a_terminal
+from terminal_streams import terminal_bytes
 
 KEY = "AAECAwQFBgcICQoLDA0ODw"
 QUIT = b"\x1e."
@@ -400,3 +405,81 @@ def test_a_terminal_that_vanishes_ends_the_client(home: Path) -> None:
         os.read(keeper, 1)
         os.close(keeper)
         assert process.wait(timeout=LIMIT_SECONDS) in (0, 1)
+
+
+# -- what a server can make the user's terminal do --------------------------------------------------------------
+
+HOSTILE = st.lists(
+    terminal_bytes(max_pieces=6) | st.binary(max_size=40) | st.sampled_from([
+        b"\x1b[c", b"\x1b[>c", b"\x1b[6n", b"\x1b[5n", b"\x1b[?2026$p", b"\x1bZ", b"\x1b[21t", b"\x1b[x", b"\x05",
+        b"\x1b]52;c;?\x07", b"\x1b]52;c;?;?\x07", b"\x1b]52;c;SGVsbG8=\x07", b"\x1b]52;p;?\x07", b"\x1b]10;?\x07",
+        b"\x1b]0;a\x7fb\x07", b"\x1b]2;a\xc2\x9bb\x07", b"\x1b]2;" + b"t" * 400 + b"\x1b\\", b"\x1bP+q544e\x1b\\",
+        b"\x1bP$qm\x1b\\", b"\x1b]50;?\x07", b"\x1b]1337;File=:x\x07", b"\x1b_Gi=1\x1b\\", b"\x1b[201~", b"\x1b[?1h",
+        b"\x1b[?1049h", b"\x1b[5i", b"\x1b[4i", b"\x1b#8", b"\xed\xa0\x80", b"\xf4\x8f\xbf\xbd", b"\xf4\x80\x80\x81",
+    ]), max_size=6,
+).map(b"".join)
+
+
+def _host_message(parts: list[bytes | tuple[int, int]]) -> bytes:
+    return b"".join(
+        mosh._instruction(mosh.HOST_RESIZE, mosh.Resize(*part).encode()) if isinstance(part, tuple)
+        else mosh._instruction(mosh.HOST_BYTES, mosh.encode_field(mosh.HOST_STRING, part))
+        for part in parts
+    )
+
+
+def _drawn(messages: list[bytes], answer: bytes = b"") -> bytes:
+    """What a client draws on its terminal while a server tells it `messages`."""
+    make = mosh.choose_cipher()
+    client = mosh.ClientCore(
+        mosh.Channel(make(bytes(16)), mosh.TO_SERVER), 0, width=20, height=5, peers=["server"], port=1,
+        random_bytes=bytes, mode=mosh.PredictionMode.ALWAYS,
+    )
+    peer = mosh.DatagramLayer(mosh.Channel(make(bytes(16)), mosh.TO_CLIENT), 0, is_server=True)
+    client.receive_keys(answer, 0)
+    drawn, fragmenter = client.frame_to_draw(0), mosh.Fragmenter()
+    for now, message in enumerate(messages, 1):
+        for fragment in fragmenter.fragments(mosh.Instruction(now - 1, now, 0, 0, message), 1_200):
+            with contextlib.suppress(mosh.PacketError):
+                client.receive_datagram(peer.seal(fragment.encode(), now), "server", now)
+        client.receive_keys(b"x", now)
+        drawn += client.frame_to_draw(now)
+    return drawn + client.last_frame(99)
+
+
+MESSAGE = st.lists(HOSTILE | st.tuples(st.integers(1, 30), st.integers(1, 9)), max_size=4).map(_host_message)
+
+
+@given(st.lists(MESSAGE | st.binary(max_size=60), max_size=4), st.sampled_from([b"", b"\x1b[?2026;2$y"]))
+@settings(max_examples=300, deadline=None)
+def test_whatever_a_server_sends_only_the_sequences_of_the_grammar_reach_the_terminal(
+    messages: list[bytes], answer: bytes
+) -> None:
+    drawn = _drawn(messages, answer)
+    assert grammar.unexpected(drawn) == ""
+    terminal = mosh.Emulator(20, 5)
+    terminal.feed(drawn)
+    assert terminal.take_replies() == b""           # nothing in it is a question
+
+
+@pytest.mark.parametrize("question", [b"?", b"?;?", b"c;?", b"aGk=?", b"a b"])
+def test_a_server_cannot_ask_the_terminal_for_the_clipboard(question: bytes) -> None:
+    """A terminal would answer with what the user has copied, and that would be typed into the session."""
+    said = [_host_message([b"\x1b]52;c;aGk=\x07"]), _host_message([b"\x1b]52;c;" + question + b"\x07"])]
+    assert _drawn(said[:1]).count(b"\x1b]52;") == 1
+    assert _drawn(said).count(b"\x1b]52;") == 1
+
+
+@pytest.mark.parametrize("written", [
+    b"\x1b[c", b"\x1b[6n", b"\x1b]52;c;?\x07", b"\x1b]2;a\x1b\\", b"\x9b", b"\x1b[?1049h", b"\x1bPq\x1b\\", b"\x1b[m",
+])
+def test_the_grammar_lets_nothing_else_through(written: bytes) -> None:
+    assert grammar.unexpected(b"text" + (written.decode("latin-1").encode()))
+
+
+def test_a_paste_arrives_in_its_brackets_byte_by_byte() -> None:
+    """Nothing on the way adds, removes or closes a bracket: what is inside stays inside."""
+    paste = b"\x1b[200~rm -rf /\r\x1b[A\x1bOA\x00\xff" + b"x" * 200 + b"\x1b[201~"
+    for cut in range(len(paste)):
+        keys = mosh.CursorKeyFilter()
+        assert keys.filter(paste[:cut], True) + keys.filter(paste[cut:], True) == paste

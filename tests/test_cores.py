@@ -321,6 +321,16 @@ def test_what_a_client_says_while_it_waits(now: int, text: str) -> None:
     assert Screen(client.screen).text == ""
 
 
+def test_why_nothing_can_be_sent_is_not_hidden_by_what_follows_from_it() -> None:
+    client = _client()
+    client.note_network_error("sendto: Network is unreachable", now=100)
+    client.frame_to_draw(3_000)
+    assert "Network is unreachable" in client.shown.lines()[0]
+    client.frame_to_draw(3_300)
+    client.frame_to_draw(3_301)
+    assert "Nothing received" in client.shown.lines()[0]
+
+
 def test_a_client_without_an_answer_leaves_after_15_s() -> None:
     client = _client()
     phases = []

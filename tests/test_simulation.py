@@ -311,6 +311,58 @@ def test_the_notice_goes_when_the_server_answers_after_all(sim: Simulation) -> N
     assert sim.client.seen == sim.server.screen
 
 
+# -- amplification
+
+
+def _bytes_to(sim: Simulation, roam_at: int) -> int:
+    return sum(len(datagram) for at, datagram in sim._wire[mosh.TO_CLIENT] if at > roam_at)
+
+
+def test_an_address_not_heard_again_is_sent_three_times_what_came_from_it(sim: Simulation) -> None:
+    """Somebody holds up a datagram of the client and delivers it from the address of a victim."""
+    sim.run(ms=1_000)
+    sim.client.type("burst 300\r")
+    sim.run(ms=500)
+    sim.link.blocked.add(mosh.TO_SERVER)
+    sim.client.type("x")
+    sim.run(ms=100)
+    held_up = sim.datagrams(mosh.TO_SERVER)[-1]
+    sim.inject(sim.server, held_up, NEW_ADDRESS)
+    assert sim.server.peer == NEW_ADDRESS
+    moved_at = sim.now
+    sim.run(ms=30_000)
+    assert 0 < _bytes_to(sim, moved_at) <= mosh.AMPLIFICATION_LIMIT * len(held_up)
+    sim.link.heal()
+    sim.run(ms=4_000)
+    assert sim.server.peer == sim.client.address and sim.client.screen == sim.server.screen
+
+
+@pytest.mark.parametrize("typed", ["", "x", "\r"], ids=["idle", "typing", "prompt"])
+@pytest.mark.parametrize("flood", [False, True])
+def test_a_client_that_roams_proves_its_address_within_a_round_trip_and_the_ack_delay(
+    sim: Simulation, typed: str, flood: bool
+) -> None:
+    sim.run(ms=1_000)
+    sim.client.type("burst 2000\r" if flood else "")
+    sim.run(ms=1_000)
+    sim.client.move_to(NEW_ADDRESS)
+    sim.client.type(typed)
+    sim.run_until(lambda: sim.server.peer == NEW_ADDRESS, limit_ms=3_000)
+    sim.run_until(lambda: sim.server.core.transport.datagrams.allowance_bytes is None, limit_ms=20 + 2 * 110)
+    sim.run_until(lambda: sim.client.screen == sim.server.screen, limit_ms=8_000)
+
+
+def test_a_program_that_ends_just_as_the_client_roams_ends_the_session(sim: Simulation) -> None:
+    sim.run(ms=1_000)
+    sim.client.move_to(NEW_ADDRESS)
+    sim.client.type("x")
+    sim.run(ms=15)
+    sim.server.write(bytes(sim.random.choices(range(0x21, 0x7F), k=500)))
+    sim.server.quit()
+    sim.run(ms=2_000)
+    assert sim.ended
+
+
 # -- the bar
 
 
@@ -365,10 +417,10 @@ class HoardingReceiver(mosh.Receiver[Any]):
 class HoardingSender(mosh.Sender[Any]):
     """Keeps every state that is not acknowledged."""
 
-    def _send(self, base: mosh.NumberedState[Any], diff: bytes, now: int) -> mosh.Instruction:
+    def _send(self, base: mosh.NumberedState[Any], diff: bytes, now: int, state: Any) -> mosh.Instruction:
         kept = self.sent
         self.sent = kept[:1] + kept[-1:]  # nothing to drop here
-        instruction = super()._send(base, diff, now)
+        instruction = super()._send(base, diff, now, state)
         self.sent = kept + self.sent[2 if len(kept) > 1 else 1 :]
         return instruction
 
@@ -376,8 +428,8 @@ class HoardingSender(mosh.Sender[Any]):
 class HastySender(mosh.Sender[Any]):
     """Lets the peer throw away states that it may not have replaced yet."""
 
-    def _send(self, base: mosh.NumberedState[Any], diff: bytes, now: int) -> mosh.Instruction:
-        instruction = super()._send(base, diff, now)
+    def _send(self, base: mosh.NumberedState[Any], diff: bytes, now: int, state: Any) -> mosh.Instruction:
+        instruction = super()._send(base, diff, now, state)
         instruction.throwaway_num = base.num if base.num > self.sent[0].num else self.sent[-1].num - 1
         return instruction
 

@@ -25,6 +25,8 @@ LAST = mosh.LAST_STATE_NUM
 class Note:
     """A state that is one text."""
 
+    weight = 1
+
     def __init__(self, text: str = "") -> None:
         self.text = text
         self.forgotten: Note | None = None
