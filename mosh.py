@@ -4579,6 +4579,7 @@ class Roaming:
         self._found: list[Address] = []  # what the name meant when last looked up
         self._overheard: list[Address] = []  # at most one: where an answer came from that nobody told us of
         self.current: Address | None = None  # what answered last
+        self._doubted: set[Address] = set()  # what did not answer when it was alone, where sources tell nothing
         # the search, which goes on until something sent since its start has been acknowledged
         self._search_since: int | None = now
         self._tries: list[int] = []  # when to send without waiting for something to say
@@ -4626,9 +4627,12 @@ class Roaming:
         answered = round_trip_at is not None and round_trip_at >= self._search_since
         if source in self.candidates:
             self.current, self._tries = source, []
-        elif self.current is None:  # a host that answers from another of its addresses
-            self.current = self._given[0] if answered else None
-        elif not answered and now - self._search_since > self._patience_ms():
+            self._doubted.clear()
+        elif answered:  # a host that answers from another of its addresses: which of ours did it hear?
+            if self._doubted.issuperset(self.candidates):
+                self._doubted.clear()
+            self.current = next(address for address in self.candidates if address not in self._doubted)
+        elif self.current is not None and now - self._search_since > self._patience_ms():
             self._overheard = [source]  # security: only now, or a relay on the way could draw a session to itself
         if answered:
             self._search_since = self._awaiting_since = self._lookup_at = None
@@ -4654,6 +4658,7 @@ class Roaming:
         self._silent_at = None if heard_at is None else heard_at + SILENT_MS
         overdue_at = self._overdue_at()
         if overdue_at is not None and now >= overdue_at:
+            self._doubted.update([] if self.current is None else [self.current])
             self._search(now)
         if self._tries and now >= self._tries[0]:
             self._tries.pop(0)

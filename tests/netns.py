@@ -15,7 +15,7 @@ import select
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -185,13 +185,13 @@ class Watcher:
     def _waiting(self) -> bool:
         return bool(select.select([self._pipe], [], [], 0)[0])
 
-    def wait_first(self, since: float, target: str = "") -> Seen:
-        """The first datagram of the client since a time, to this address of the server if one is given."""
-        wait_until(lambda: bool(self._sent(since, target)), COMMAND_SECONDS, "a datagram")
-        return self._sent(since, target)[0]
+    def wait_first(self, since: float, dead: Collection[str] = ()) -> Seen:
+        """The first datagram of the client since a time that does not go to one of the dead addresses."""
+        wait_until(lambda: bool(self._sent(since, dead)), COMMAND_SECONDS, "a datagram")
+        return self._sent(since, dead)[0]
 
-    def _sent(self, since: float, target: str) -> list[Seen]:
-        return [one for one in self.seen(since) if one.up and target in ("", one.target)]
+    def _sent(self, since: float, dead: Collection[str]) -> list[Seen]:
+        return [one for one in self.seen(since) if one.up and one.target not in dead]
 
 
 def unavailable() -> str:
