@@ -260,6 +260,7 @@ def inflate(data: bytes) -> bytes:
 BLOCK_BYTES = 16
 REKEY_LIMIT_BLOCKS = 2**47  # OCB's bound on blocks under one key; nobody types that much
 MIN_SEALED_BYTES = SEQUENCE.size + TAG_BYTES
+NO_CIPHER = 69  # exit status of a program that has no AES-OCB to work with; EX_UNAVAILABLE of sysexits.h
 _CONTEXT_LIMIT_BYTES = 4096  # libcrypto backend: buffer size, twice any datagram
 
 
@@ -492,7 +493,7 @@ def choose_cipher(wanted: str = "") -> Callable[[bytes], Cipher]:
         import site  # the interpreter was started with -S, which hides installed packages: look again with them
 
         site.main()
-    raise BootstrapError("no AES-128-OCB on this machine; " + "; ".join(reasons))
+    raise BootstrapError("no AES-128-OCB on this machine; " + "; ".join(reasons), NO_CIPHER)
 
 
 class Channel:
@@ -5390,10 +5391,20 @@ def _make_client_core(
 # ======================================================================================================================
 # == 19. Bootstrap -- ssh command, remote start, MOSH CONNECT line, addresses
 # ======================================================================================================================
-# One `ssh`, without a tty and with stdin closed, runs one command on the host: it reports the address the login came
-# in on, starts the server, and ends. ssh still asks for passwords, on the terminal. Lines that are ours begin with
-# MOSH; everything else the host prints is for the user. The user's ssh configuration is honoured in full, since
-# nothing in it is overridden: for the address we ask `ssh -G` what the name means, and the server side what it saw.
+# One `ssh`, without a tty and with a pipe as stdin, runs one command on the host; ssh still asks for passwords, on the
+# terminal. Nothing of the user's ssh configuration is overridden: for the address we ask `ssh -G` what the name means,
+# and the server side what it saw.
+#
+# The host needs nothing but a Python. The command line carries a small program, the stager. (On stdin it would cost a
+# round trip: OpenSSH opens a session with a window of zero, so that stdin travels only after the answer to the
+# command.) The stager looks for this very program, by its sha256, in a private cache there; if it is missing, it asks
+# for it on stdin, checks it, compiles it for its Python and keeps that. What travels is source, 80 KB compressed: that
+# is less than half of the bytecode and fits every Python, so that this file and any mosh.pyz made from it share an
+# entry. Compiling takes 50 to 80 ms, once. Without a usable Python the same command line starts a stock mosh-server.
+#
+# Lines that are ours carry a random token, which no banner and no start-up file can know. `MOSH CONNECT` itself has
+# none, since stock servers print it: it counts only after a marked line that says that a server has been started.
+# Everything else the host prints is for the user.
 
 SERVER_NOT_FOUND = 127
 REMOTE_IP_MODES = ("auto", "local", "remote", "proxy")
@@ -5401,28 +5412,278 @@ FAMILIES = ("inet", "inet6", "auto", "all", "prefer-inet", "prefer-inet6")
 _FAMILY_NUMBERS = {"inet": socket.AF_INET, "inet6": socket.AF_INET6}
 _SSH_ADDRESS_WAIT_S = 10
 _LINE_LIMIT_BYTES = 1 << 16  # a longer line is no line of ours
-_WITHOUT_KEY = re.compile(r"MOSH CONNECT \S+ \S+")  # security: what looks like a key is not shown
-_PROXY_CHUNK_BYTES = 4096
-
-_REPORT_ADDRESS = r"""[ -n "$SSH_CONNECTION" ] && printf "\nMOSH SSH_CONNECTION %s\n" "$SSH_CONNECTION" """
-
-# What to start on a host when the user does not say. One line for `sh`, without anything that a login shell of another
-# kind (csh, fish) would take for its own inside single quotes.
-_FIND_SERVER = (
-    _REPORT_ADDRESS + r"; "
-    r'p="$PATH:$HOME/.local/bin:/usr/local/bin:/opt/homebrew/bin:/snap/bin"; '
-    r'for f in "$HOME/mosh.pyz" "$HOME/.local/bin/mosh.pyz" "$(PATH="$p"; command -v mosh.pyz)"; do '
-    r'if [ -f "$f" ] && python3 -c "import sys; sys.exit(sys.version_info < (3, 9))" 2>/dev/null; then '
-    r'printf "MOSH SERVER python3 %s\n" "$f"; exec python3 "$f" server "$@"; fi; done; '
-    r'f="$(PATH="$p"; command -v mosh-server)"; '
-    r'if [ -n "$f" ]; then printf "MOSH SERVER %s\n" "$f"; exec "$f" "$@"; fi; '
-    r'printf "MOSH NOSERVER\n"; exit 127'
+_NOISE_LIMIT_BYTES = 1 << 22  # a host that has printed this much will never come to our command
+_WITH_KEY = r"MOSH CONNECT \S+ \S+"  # security: what looks like a key is not shown
+# security: the host may print what it likes, but does not get to program the terminal before it has a session
+_TERMINAL_SEQUENCE = (
+    r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b[\]P^_X][^\x07\x1b]*(?:\x07|\x1b\\)?|\x1b.?|[\x00-\x08\x0b-\x1f\x7f-\x9f]"
 )
-_NO_SERVER = """no server found on {host}. Looked for mosh.pyz in the home folder, ~/.local/bin and PATH,
+_PROXY_CHUNK_BYTES = 4096
+SILENCE_LIMIT_MS = 30_000  # an open session says something by then, or never; a loaded small machine needs 5 s
+_SESSION_POLL_MS = 500  # how often to look whether the session is open, which only sets the clock for that limit
+PROGRESS_AFTER_MS = 500  # a shorter transfer is nobody's concern
+_PADDING = b"\n" * 16  # for start-up files that read a line; the stager skips what they leave
+
+# Exit statuses of a login that fails, from sysexits.h, so that scripts can tell why.
+BAD_CHECKSUM, PARTIAL_PYTHON, OLD_PYTHON, SILENT_HOST, OTHER_COMMAND = 65, 71, 72, 75, 77
+RESTRICTED_SHELL = 126
+_NEXT_PYTHON = 42  # the stager's own: this interpreter will not do
+
+# The stager runs on any Python 3, even one that is too old, to be able to say so. Comments do not travel.
+_STAGER = r"""
+import os, sys, zlib
+token, digest, count = sys.argv[1:4]
+arguments = sys.argv[4 + int(count):]
+version = "%d.%d.%d" % sys.version_info[:3]
+uid = os.geteuid()
+
+def say(*words):
+    os.write(1, ("\n" + " ".join((token,) + words) + "\n").encode("utf-8", "replace"))
+
+if sys.version_info < (3, 9):
+    say("OLD", version, sys.executable)
+    sys.exit(42)
+from _frozen_importlib_external import MAGIC_NUMBER, PathFinder
+if not all(map(PathFinder.find_spec, ("ctypes", "termios", "pty", "selectors"))):
+    say("PARTIAL", version, sys.executable)
+    sys.exit(42)
+
+def places():
+    # Where to look and to keep, as (folder, name in it).
+    env = os.environ.get
+    home = env("HOME", "")
+    try:
+        if os.stat(home).st_uid != uid:
+            home = ""
+    except (OSError, ValueError):
+        home = ""
+    if not home:
+        import pwd
+        try:
+            home = pwd.getpwuid(uid).pw_dir
+        except KeyError:
+            pass
+    named = "mosh.py-%d" % uid
+    for folder, name in (
+        (env("XDG_CACHE_HOME", ""), "mosh.py"), (home and home + "/.cache", "mosh.py"),
+        (env("XDG_RUNTIME_DIR", ""), named), (env("TMPDIR", ""), named), ("/tmp", named), ("/var/tmp", named),
+    ):
+        if folder[:1] == "/":
+            yield os.path.realpath(folder), name
+
+def enter(folder, name, create):
+    # Returns a descriptor of a folder that nobody else can change or replace. Raises OSError.
+    if create:
+        os.makedirs(folder, 0o700, exist_ok=True)
+        try:
+            os.mkdir(folder + "/" + name, 0o700)
+        except FileExistsError:
+            pass
+    directory = os.open(folder + "/" + name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        found = os.fstat(directory)
+        good = found.st_uid == uid and not found.st_mode & 0o22
+        while good and folder:
+            found = os.stat(folder)
+            good = found.st_uid in (0, uid) and (not found.st_mode & 0o22 or found.st_mode & 0o1000)
+            folder = folder.rpartition("/")[0]
+        if not good:
+            raise OSError("not private")
+    except BaseException:
+        os.close(directory)
+        raise
+    return directory
+
+def sums(body):
+    return zlib.crc32(body).to_bytes(4, "little") + len(body).to_bytes(4, "little")
+
+def intact(directory):
+    # Whether the entry is there, ours and whole; a crash of the machine may have cut it. Raises OSError.
+    entry = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=directory)
+    with open(entry, "rb") as file:
+        found = os.fstat(entry)
+        if found.st_mode & 0o170022 != 0o100000 or found.st_uid != uid:
+            return False
+        data = file.read()
+        if data[8:16] != sums(data[16:]):
+            return False
+        try:
+            os.utime(entry)
+        except OSError:
+            pass
+    return True
+
+def receive():
+    # Returns the program, checked.
+    if os.isatty(0):
+        import tty
+        tty.setraw(0)
+    say("NEED", version)
+    mark, data, size = token.encode() + b" ", b"", None
+    step = 8192
+    while size is None or len(data) < size:
+        chunk = os.read(0, 65536)
+        if not chunk:
+            say("FAIL", "cut")
+            sys.exit(65)
+        data += chunk
+        if size is None:
+            head, found, rest = data.partition(mark)
+            line, ended, rest = rest.partition(b"\n")
+            if found and ended:
+                size, data = int(line), rest
+        if size is not None and len(data) >= step:
+            say("GOT", str(len(data)))
+            step = len(data) + 8192
+    import hashlib
+    try:
+        data = zlib.decompress(data)
+    except zlib.error:
+        data = b""
+    if hashlib.sha256(data).hexdigest() != digest:
+        say("FAIL", "checksum")
+        sys.exit(65)
+    return data
+
+def build(data):
+    # Returns one code object: the table of widths becomes a module, then mosh.py runs.
+    size, _, data = data.partition(b"\n")
+    parts = {
+        "MOSH": compile(data[:int(size)], "mosh.py", "exec", dont_inherit=True),
+        "WIDTHS": compile(data[int(size):], "mosh_widths.py", "exec", dont_inherit=True),
+    }
+    code = compile(
+        "import sys\nwidths = type(sys)('mosh_widths')\nexec('WIDTHS', vars(widths))\n"
+        "if hasattr(widths, 'STARTS'):\n    sys.modules['mosh_widths'] = widths\nexec('MOSH')\n",
+        "mosh", "exec", dont_inherit=True)
+    return code.replace(co_consts=tuple(parts.get(value, value) for value in code.co_consts))
+
+def keep(directory, data):
+    draft = ".%s.%s" % (name, os.urandom(8).hex())
+    try:
+        file = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600, dir_fd=directory)
+        with open(file, "wb", 0) as raw:
+            while data:
+                data = data[raw.write(data):]
+            os.fsync(file)
+        os.rename(draft, name, src_dir_fd=directory, dst_dir_fd=directory)
+    except OSError:
+        try:
+            os.unlink(draft, dir_fd=directory)
+        except OSError:
+            pass
+        raise
+    try:
+        prune(directory)
+    except OSError:
+        pass
+    return True
+
+def prune(directory):
+    # Keep the eight entries that were used last; a draft younger than a day may belong to a login under way.
+    import time
+    found = []
+    for other in os.listdir(directory):
+        if other.lstrip(".")[:5] == "mosh-":
+            used = os.stat(other, dir_fd=directory, follow_symlinks=False).st_mtime
+            if other[0] != ".":
+                found.append((used, other))
+            elif used < time.time() - 86400:
+                os.unlink(other, dir_fd=directory)
+    for used, other in sorted(found)[:-8]:
+        os.unlink(other, dir_fd=directory)
+
+name = "mosh-" + digest[:32] + "-" + MAGIC_NUMBER[:2].hex() + ".pyc"
+
+def at_each_place(work, create):
+    # Run the program from the first place where `work` succeeds.
+    for folder, inner in places():
+        try:
+            directory = enter(folder, inner, create)
+            try:
+                good = work(directory)
+            finally:
+                os.close(directory)
+        except OSError:
+            continue
+        if good:
+            path = folder + "/" + inner + "/" + name
+            say("SERVER", path, "(Python " + version + ")")
+            os.execv(sys.executable, [sys.executable, "-IS", path, "server"] + arguments)
+
+at_each_place(intact, False)
+code = build(receive())
+import marshal
+body = marshal.dumps(code)
+at_each_place(lambda directory: keep(directory, MAGIC_NUMBER + b"\1\0\0\0" + sums(body) + body), True)
+# There is no place to keep it: become it.
+say("SERVER", "mosh.py", "(Python " + version + ", kept nowhere)")
+sys.argv[:] = ["mosh.py", "server"] + arguments
+exec(code, {"__name__": "__main__"})
+"""
+
+
+# What the host's `sh` is given. One line, without quotes, backslashes and exclamation marks, so that every login shell
+# passes it on. Its arguments are the token, the sha256 of the program, the number of words that the stager takes, these
+# words, and the server's own.
+_STAGER_WORD_CHARS = 500  # some C shells limit a word to 1024
+_REPORT_ADDRESS = '[ -n "$SSH_CONNECTION" ] && echo && echo "$1 ADDRESS $SSH_CONNECTION"; '
+_PYTHONS = (
+    "python3 /usr/bin/python3 /usr/local/bin/python3 /opt/homebrew/bin/python3 /usr/libexec/platform-python "
+    + " ".join(f"python3.{minor}" for minor in range(14, 8, -1))
+)
+_FIND_STOCK = (
+    'f="$(PATH="$PATH:$HOME/.local/bin:/usr/local/bin:/opt/homebrew/bin:/snap/bin"; command -v mosh-server)"; '
+    'if [ -n "$f" ]; then echo; echo "$t SERVER $f"; exec "$f" "$@"; fi; '
+    f'echo; echo "$t NOSERVER"; exit {SERVER_NOT_FOUND}'
+)
+_PUSH = (
+    _REPORT_ADDRESS + f"for p in {_PYTHONS}; do command -v $p >/dev/null 2>&1 || continue; "
+    '$p -ISc "import sys,zlib;a=sys.argv;exec(zlib.decompress(bytes.fromhex(str().join(a[4:4+int(a[3])]))))" "$@"; '
+    f'r=$?; case $r in {_NEXT_PYTHON}|126|127) ;; {NO_CIPHER}) echo; echo "$1 NOCIPHER $p";; *) exit $r;; esac; done; '
+    "t=$1; shift $(($3+3)); " + _FIND_STOCK
+)
+_FIND_SERVER = (
+    _REPORT_ADDRESS + "t=$1; shift; "
+    'for f in "$HOME/mosh.pyz" "$HOME/.local/bin/mosh.pyz" '
+    '"$(PATH="$PATH:$HOME/.local/bin:/usr/local/bin:/opt/homebrew/bin:/snap/bin"; command -v mosh.pyz)"; do '
+    'if [ -f "$f" ] && python3 -c "import sys; sys.exit(sys.version_info < (3, 9))" 2>/dev/null; then '
+    'echo; echo "$t SERVER python3 $f"; exec python3 "$f" server "$@"; fi; done; ' + _FIND_STOCK
+)
+
+
+_NOT_FOUND = """no server found on {host}. Looked for mosh.pyz in the home folder, ~/.local/bin and PATH,
 with a python3 of at least 3.9 to run it, then for mosh-server. To fix it, do one of these:
+  let mosh bring its own:       leave --no-push away
   copy this program there:      scp {program} {host}:mosh.pyz
   install the package mosh there
   say where the server is:      --server='python3 /path/to/mosh.pyz server'"""
+_SILENT = (
+    "{host} let us in, but has said nothing for {seconds} s. Does a start-up file of the login shell there (.bashrc, "
+    ".zshenv ...) wait for input, or is the machine that slow? Try: ssh {host} echo hello"
+)
+_RESTRICTED = "the login shell of {host} is restricted and cannot run sh; --server=COMMAND names what it can"
+_OTHER_COMMAND = (
+    "{host} let us in, but did not run what mosh asked for: a forced command for this key (command= or ForceCommand), "
+    "or a login shell that is none; what it said is above"
+)
+# Why a host that lacks nothing else has no server for us: what it said, exit status, text. The first that applies.
+_OBSTACLES = (
+    ("FAIL", BAD_CHECKSUM,
+     "the program arrived damaged on {host} ({0}), and nothing was started; does a start-up file of the login shell "
+     "there read what is meant for mosh?"),
+    ("NOCIPHER", NO_CIPHER,
+     "{host} has no AES-OCB for its Python ({0}; FIPS mode?) and no mosh-server; install the package mosh there, or "
+     "python3-cryptography"),
+    ("PARTIAL", PARTIAL_PYTHON,
+     "the Python {0} of {host} ({1}) lacks its standard library (python3-minimal?), and there is no mosh-server; "
+     "install the package python3 there, or mosh"),
+    ("OLD", OLD_PYTHON,
+     "the Python of {host} is {0} ({1}), mosh.py needs 3.9 or newer, and there is no mosh-server; install either, or "
+     "name one with --server"),
+    ("NOSERVER", SERVER_NOT_FOUND,
+     "{host} has neither a python3 (3.9 or newer) nor a mosh-server; install the package python3 there, or mosh"),
+)  # fmt: skip
 
 
 class LoginOptions:
@@ -5433,13 +5694,56 @@ class LoginOptions:
         self.command: list[str] = []  # to run instead of the login shell
         self.ssh = ["ssh"]
         self.ssh_pty = False
-        self.server = ""  # shell text; empty to search
+        self.server = ""  # shell text; empty to bring our own, or to search
+        self.push = True  # bring our own
         self.family = "prefer-inet"
         self.ports = ""  # PORT or LOW:HIGH, empty for the default
         self.bind_server = "ssh"
         self.local = False
         self.remote_ip = "auto"
         self.verbose = 0
+        self.silence_limit_ms = SILENCE_LIMIT_MS
+
+
+class Program:
+    """This very program as it is sent to a host: the table of widths and the source of mosh.py."""
+
+    def __init__(self, source: bytes, widths: bytes) -> None:
+        import hashlib  # 4 ms
+
+        self._content = b"%d\n" % len(source) + source + widths
+        self.digest = hashlib.sha256(self._content).hexdigest()
+
+    def packed(self) -> bytes:
+        """Return it compressed."""
+        return zlib.compress(self._content, 9)  # 25 ms, while the host waits; level 6 takes 12 and gives 2 % more
+
+    @classmethod
+    def own(cls) -> Program | None:
+        """Return the program that is running, None if its source is not there. Raises BootstrapError."""
+        try:
+            archive = getattr(globals().get("__loader__"), "archive", None)
+            if archive is None:
+                return cls._from_checkout()
+            get_data = globals()["__loader__"].get_data
+            return cls(get_data(f"{archive}/mosh.py"), get_data(f"{archive}/mosh_widths.py"))
+        except (OSError, ImportError, zlib.error) as error:
+            raise BootstrapError(f"cannot read my own program, was it replaced just now? Try again ({error})") from None
+
+    @classmethod
+    def _from_checkout(cls) -> Program | None:
+        """The widths cost 0.2 s here; without the builder or its package the far side takes what Python knows."""
+        if not __file__.endswith(".py"):
+            return None
+        with open(__file__, "rb") as file:
+            source = file.read()
+        widths = b""
+        with contextlib.suppress(ImportError):
+            import build_zipapp
+
+            with contextlib.suppress(build_zipapp.BuildError):
+                widths = build_zipapp.widths_module().encode()
+        return cls(source, widths)
 
 
 def shell_quote(word: str) -> str:
@@ -5462,35 +5766,54 @@ def server_arguments(options: LoginOptions, colors: int, environ: MutableMapping
     return words + (["--", *options.command] if options.command else [])
 
 
-def remote_command(options: LoginOptions, arguments: Sequence[str]) -> str:
-    """Return the command line for the host's login shell, whichever that is."""
+def stager_words() -> list[str]:
+    """Return the stager as words that no shell minds: compressed, in hexadecimal."""
+    text = re.sub(r"(?m)^\s*#.*\n|^\n", "", _STAGER)
+    digits = zlib.compress(text.encode("ascii"), 9).hex()
+    return [digits[at : at + _STAGER_WORD_CHARS] for at in range(0, len(digits), _STAGER_WORD_CHARS)]
+
+
+def remote_command(options: LoginOptions, arguments: Sequence[str], token: str, program: Program | None) -> str:
+    """Return the command line for the host's login shell, whichever that is; `program` is what to push, if anything."""
     quoted = " ".join(map(shell_quote, arguments))
     if options.server:
-        return f"sh -c {shell_quote(_REPORT_ADDRESS)} ; {options.server} {quoted}"
-    return f"exec sh -c {shell_quote(_FIND_SERVER)} mosh {quoted}"
+        script = f'{_REPORT_ADDRESS}echo; echo "$1 SERVER as told"'
+        return f"sh -c {shell_quote(script)} mosh {token} ; {options.server} {quoted}"
+    if program is None:
+        return f"sh -c {shell_quote(_FIND_SERVER)} mosh {token} {quoted}"
+    words = stager_words()
+    head = f"mosh {token} {program.digest} {len(words)} {' '.join(words)}"
+    return f"sh -c {shell_quote(_PUSH)} {head} {quoted}"
+
+
+_ANNOUNCEMENTS = {  # what follows the token: a word that says what the line is, and then
+    "ADDRESS": r"\S+ \S+ (\S+) \S+",  # client's address and port, server's address and port
+    "OLD": r"(\S+) (.*)",  # version and path of a Python that is too old
+    "PARTIAL": r"(\S+) (.*)",  # version and path of one without its standard library
+    "NOCIPHER": r"(.+)",  # name of one that our server found no AES-OCB with
+    "NEED": r"(\S+)",  # version of the Python that waits for the program
+    "GOT": r"([0-9]{1,9})",  # bytes of it that have arrived
+    "FAIL": r"(cut|checksum)",  # what was wrong with them
+    "SERVER": r"(.+)",  # a server is being started, and which
+    "NOSERVER": "",
+}
+_CONNECT = r"MOSH CONNECT ([0-9]{1,5}) ([A-Za-z0-9/+]{22})"
 
 
 class Announcement:
-    """What the lines of a starting server say."""
+    """What the lines of a starting server say. All but `MOSH CONNECT` have to carry the token."""
 
-    _CONNECT = re.compile(r"MOSH CONNECT (\d{1,5}) ([A-Za-z0-9/+]{22})", re.ASCII)
-    _CONNECTION = re.compile(r"MOSH SSH_CONNECTION \S+ \S+ (\S+) \S+")
-    _ADDRESS = re.compile(r"MOSH IP (\S+)")
-    _SERVER = re.compile(r"MOSH SERVER (.*)")
-    _OURS = re.compile(r"MOSH\s+(CONNECT|IP|SSH_CONNECTION)\s+\S")
-
-    def __init__(self) -> None:
+    def __init__(self, token: str) -> None:
+        self._token = token
         self.port = 0
         self.key = ""
         self.proxy_address = ""  # what our ProxyCommand connected to
-        self.ssh_address = ""  # the server's side of the ssh connection, as the host sees it
-        self.server = ""  # what was started, where we searched
-        self.not_found = False
+        self.said: dict[str, re.Match[str]] = {}  # the last line of each kind
 
     @property
     def address(self) -> str:
-        """Where the login got to, empty if unknown."""
-        return self.proxy_address or self.ssh_address
+        """Where the login got to, empty if unknown: what the host saw counts unless our own proxy knows better."""
+        return self.proxy_address or (self.said["ADDRESS"][1] if "ADDRESS" in self.said else "")
 
     @property
     def complete(self) -> bool:
@@ -5499,27 +5822,29 @@ class Announcement:
 
     def take(self, line: str) -> bool:
         """Take note of one line. Returns whether it was ours. Raises BootstrapError if it is malformed."""
-        line = line.rstrip()
-        if not line.startswith("MOSH "):
+        _, marked, text = line.rstrip().partition(self._token + " ")
+        if marked:
+            kind, _, rest = text.partition(" ")
+            match = re.fullmatch(_ANNOUNCEMENTS[kind], rest) if kind in _ANNOUNCEMENTS else None
+            if match is None:
+                raise BootstrapError(f"the {kind[:20]!a} line of the host is malformed")
+            self.said[kind] = match
+            return True
+        if "SERVER" not in self.said or not re.match(r"MOSH\s+CONNECT\s+\S", line):
             return False
-        match = self._CONNECT.fullmatch(line)
-        if match and 0 < int(match[1]) < 65536:
-            self.port, self.key = int(match[1]), match[2]
-        elif match := self._CONNECTION.fullmatch(line):
-            self.ssh_address = self.ssh_address or match[1]
-        elif match := self._ADDRESS.fullmatch(line):
-            if self.proxy_address:
-                raise BootstrapError("detected attempt to redefine MOSH IP")
-            self.proxy_address = match[1]
-        elif match := self._SERVER.fullmatch(line):
-            self.server = match[1]
-        elif line == "MOSH NOSERVER":
-            self.not_found = True
-        elif match := self._OURS.match(line):
-            raise BootstrapError(f"the MOSH {match[1]} line of the host is malformed")
-        else:
-            return False
+        match = re.fullmatch(_CONNECT, line.rstrip())
+        if not match or not 0 < int(match[1]) < 65536:
+            raise BootstrapError("the MOSH CONNECT line of the host is malformed")
+        self.port, self.key = int(match[1]), match[2]
         return True
+
+    def take_from_proxy(self, line: str) -> bool:
+        """Take note of a line on ssh's stderr, where only our own ProxyCommand knows the token."""
+        _, marked, address = line.rstrip().partition(self._token + " IP ")
+        if marked and self.proxy_address:
+            raise BootstrapError("detected attempt to redefine MOSH IP")
+        self.proxy_address = address or self.proxy_address
+        return bool(marked)
 
 
 def resolve(host: str, port: int, family: str) -> list[Candidate]:
@@ -5543,9 +5868,20 @@ class Login:
     def __init__(self, options: LoginOptions, colors: int) -> None:
         self._options = options
         self._arguments = server_arguments(options, colors, os.environ)
-        self.announcement = Announcement()
+        self._token = "mosh-" + os.urandom(16).hex()
+        self._program: Program | None = None
+        self.announcement = Announcement(self._token)
+        # the processes, and our end of ssh's stdin
         self._process: subprocess.Popen[bytes] | None = None
         self._lookup: subprocess.Popen[bytes] | None = None
+        self._stdin_reader = self._stdin = -1
+        self._to_send = memoryview(b"")
+        # what happened so far, in ms of the clock
+        self._heard_at: int | None = None  # when the host was last heard; None while ssh is still logging in
+        self._asked_at: int | None = None  # when the program was asked for
+        self._packed_bytes = 0
+        self._progress_shown = False
+        self._noise_bytes = 0
 
     def run(self) -> tuple[str, int, list[Candidate]]:
         """Return (printable key, port, candidates). Raises BootstrapError."""
@@ -5554,25 +5890,32 @@ class Login:
         options = self._options
         environ = {name: value for name, value in os.environ.items() if name != "MOSH_PREDICTION_DISPLAY"}
         directory = None
+        null, pipe = subprocess.DEVNULL, subprocess.PIPE
+        stdin = null
         if options.local:
             command = self._local_command()
             environ.pop("SSH_CONNECTION", None)
             directory = environ.get("HOME")
             self.announcement.proxy_address = options.host
+            self.announcement.take(f"{self._token} SERVER on this machine")
         else:
+            if options.push and not options.server:
+                self._program = Program.own()
             command = self._ssh_command()
-        null, pipe = subprocess.DEVNULL, subprocess.PIPE
+            environ["MOSH_TOKEN"] = self._token  # for our ProxyCommand
+            stdin = self._open_stdin()
         # security: ssh's stderr is read apart, since what a jump host or a banner says there must not start a session
         try:
             if not options.local and options.remote_ip == "auto":
                 lookup = [*options.ssh, "-G", options.host]
                 self._lookup = subprocess.Popen(lookup, stdin=null, stdout=pipe, stderr=null)
             self._process = subprocess.Popen(
-                command, stdin=null, stdout=pipe, stderr=pipe, env=environ, cwd=directory
+                command, stdin=stdin, stdout=pipe, stderr=pipe, env=environ, cwd=directory
             )
         except OSError as error:
             raise BootstrapError(f"cannot run {command[0]}: {error.strerror}", SERVER_NOT_FOUND) from None
         self._read_announcement()
+        self._close_stdin()
         return self.announcement.key, self.announcement.port, self._candidates()
 
     def _local_command(self) -> list[str]:
@@ -5583,9 +5926,7 @@ class Login:
     def _ssh_command(self) -> list[str]:
         options = self._options
         host = options.host
-        extra: list[str] = []
-        if options.ssh_pty:
-            extra.append("-tt")
+        extra = ["-tt" if options.ssh_pty else "-T"]  # -T, since a configuration may ask for a terminal
         if options.family in _FAMILY_NUMBERS:
             extra.append("-4" if options.family == "inet" else "-6")
         if options.remote_ip == "proxy":
@@ -5596,7 +5937,55 @@ class Login:
             address = resolve(name, 22, options.family)[0]
             self.announcement.proxy_address = str(address)
             host = user + at + str(address)
-        return [*options.ssh, "-n", *extra, host, "--", remote_command(options, self._arguments)]
+        command = remote_command(options, self._arguments, self._token, self._program)
+        return [*options.ssh, *extra, host, "--", command]
+
+    # -- what the far side gets on stdin
+
+    def _open_stdin(self) -> int:
+        """Return the pipe for ssh to read. Its end stays open here, too: how full it is tells what ssh is doing."""
+        self._stdin_reader, self._stdin = os.pipe()
+        os.set_blocking(self._stdin, False)
+        self._to_send = memoryview(_PADDING)
+        self._write_stdin()
+        if self._program is None:
+            os.close(self._stdin)
+            self._stdin = -1
+        return self._stdin_reader
+
+    def _write_stdin(self) -> None:
+        try:
+            self._to_send = self._to_send[os.write(self._stdin, self._to_send) :]
+        except BlockingIOError:
+            pass
+
+    def _session_is_open(self) -> bool:
+        """Whether ssh has logged in: it reads its stdin only once the session is there."""
+        if self._stdin_reader < 0:
+            return False
+        (waiting,) = struct.unpack("i", fcntl.ioctl(self._stdin_reader, termios.FIONREAD, bytes(4)))
+        return bool(waiting < len(_PADDING))
+
+    def _send_program(self, now: int) -> None:
+        assert self._program is not None
+        packed = self._program.packed()
+        self._packed_bytes = len(packed)
+        self._asked_at = now
+        self._to_send = memoryview(f"{self._token} {len(packed)}\n".encode("ascii") + packed)
+
+    def _show_progress(self) -> None:
+        got = self.announcement.said.get("GOT")
+        share = 100 * int(got[1]) // self._packed_bytes if got else 0
+        end = "\r" if "SERVER" not in self.announcement.said else "\r\x1b[K"
+        text = f"mosh: sending {self._packed_bytes // 1024} KB to {self._options.host}, once: {min(share, 100)} %"
+        print(f"\r{text}{end}", end="", file=sys.stderr, flush=True)
+        self._progress_shown = True
+
+    def _close_stdin(self) -> None:
+        for descriptor in (self._stdin, self._stdin_reader):
+            if descriptor >= 0:
+                os.close(descriptor)
+        self._stdin = self._stdin_reader = -1
 
     # -- what the far side says
 
@@ -5608,7 +5997,12 @@ class Login:
         pending = {protected: b"", process.stderr.fileno(): b""}  # the descriptors still open
         waiter = Waiter()
         while pending and not self.announcement.complete:
-            for descriptor in sorted(waiter.wait(pending, (), None), key=lambda ready: ready != protected):
+            writable = [self._stdin] if self._to_send else []
+            ready = waiter.wait(pending, writable, self._next_look())
+            now = monotonic_ms()
+            if self._stdin in ready:
+                self._write_stdin()
+            for descriptor in sorted(ready & pending.keys(), key=lambda each: each != protected):
                 chunk = os.read(descriptor, 4096)
                 *lines, rest = (pending[descriptor] + chunk).split(b"\n")
                 pending[descriptor] = rest
@@ -5619,35 +6013,79 @@ class Login:
                     self._take_line(line, trusted=descriptor == protected)
                 if not chunk:
                     del pending[descriptor]
+                if descriptor == protected:
+                    self._heard_at = now
+            self._check_progress(now)
         if self._options.remote_ip == "proxy" and waiter.wait(pending.keys() - {protected}, (), 0):
             for line in os.read(process.stderr.fileno(), 4096).split(b"\n"):
                 self._take_line(line, trusted=False)
         if not self.announcement.complete:
             self._explain(process.wait())
-        if self._options.verbose and self.announcement.server:
-            print(f"mosh: started {self.announcement.server}", file=sys.stderr)
+        if self._options.verbose:
+            sent = f", {self._packed_bytes} bytes sent" if self._packed_bytes else ""
+            print(f"mosh: started {self._options.server or self.announcement.said['SERVER'][1]}{sent}", file=sys.stderr)
+
+    def _next_look(self) -> int | None:
+        """Return when to stop waiting for the host and look after our own affairs."""
+        if self._options.local:
+            return None
+        now = monotonic_ms()
+        if self._heard_at is None:
+            return now + _SESSION_POLL_MS
+        deadline = self._heard_at + self._options.silence_limit_ms
+        return deadline if self._asked_at is None else min(deadline, now + PROGRESS_AFTER_MS // 2)
+
+    def _check_progress(self, now: int) -> None:
+        """Send the program if it is wanted, say so if that takes long, give up on a host that says nothing."""
+        if self._options.local:
+            return
+        if "NEED" in self.announcement.said and self._asked_at is None and self._program is not None:
+            self._send_program(now)
+        if self._asked_at is not None and (self._progress_shown or now - self._asked_at > PROGRESS_AFTER_MS):
+            if sys.stderr.isatty():
+                self._show_progress()
+        if self._heard_at is None and self._session_is_open():
+            self._heard_at = now
+        if self._heard_at is not None and now - self._heard_at >= self._options.silence_limit_ms:
+            seconds = self._options.silence_limit_ms // 1000
+            raise BootstrapError(_SILENT.format(host=self._options.host, seconds=seconds), SILENT_HOST)
 
     def _take_line(self, line: bytes, trusted: bool) -> None:
         """Take note of a line, or show it. `trusted`: it came from the host itself, by the channel ssh protects."""
         text = line.decode("utf-8", "replace")
-        from_proxy = self._options.remote_ip == "proxy" and text.startswith("MOSH IP ") and not trusted
-        if (from_proxy or (trusted and not self.announcement.complete)) and self.announcement.take(text):
+        if self.announcement.complete and trusted:
             return
-        if text.strip() and not self.announcement.complete:
-            print(_WITHOUT_KEY.sub("MOSH CONNECT ...", text.rstrip()), file=sys.stderr)
+        take = self.announcement.take if trusted else self.announcement.take_from_proxy
+        if take(text) or self.announcement.complete:
+            return
+        self._noise_bytes += len(line) + 1
+        if self._noise_bytes > _NOISE_LIMIT_BYTES:
+            raise BootstrapError(f"{self._options.host} prints without end instead of starting a server", OTHER_COMMAND)
+        text = re.sub(_TERMINAL_SEQUENCE, "", re.sub(_WITH_KEY, "MOSH CONNECT ...", text)).rstrip()
+        if text:
+            print(text, file=sys.stderr)
 
     def _explain(self, status: int) -> None:
         """Say why there is no session. Always raises BootstrapError."""
-        host = self._options.host
-        if self.announcement.not_found:
-            program = os.path.basename(own_program()[-1])
-            raise BootstrapError(_NO_SERVER.format(host=host, program=program), SERVER_NOT_FOUND)
+        host, said = self._options.host, self.announcement.said
         if self._options.local:
             raise BootstrapError(f"the server on this machine did not start (exit status {status})", status or 1)
+        if "NOSERVER" in said and self._program is None:
+            program = os.path.basename(own_program()[-1])
+            raise BootstrapError(_NOT_FOUND.format(host=host, program=program), SERVER_NOT_FOUND)
+        if "NOSERVER" in said or "FAIL" in said:
+            for kind, code, text in _OBSTACLES:
+                if kind in said:
+                    words = said[kind].groups()
+                    raise BootstrapError(text.format(*words, host=host), code)
         if status == 255:  # what ssh ends with when it was ssh that failed
             raise BootstrapError(f"ssh could not log in to {host}; its own words are above", status)
-        if status in (126, 127) and self._options.server:
+        if status in (126, 127) and self._options.server and "SERVER" in said:
             raise BootstrapError(f"{host} cannot run {self._options.server!r}: see --server", SERVER_NOT_FOUND)
+        if not said and status in (126, 127):
+            raise BootstrapError(_RESTRICTED.format(host=host), RESTRICTED_SHELL)
+        if not said:
+            raise BootstrapError(_OTHER_COMMAND.format(host=host), OTHER_COMMAND)
         raise BootstrapError(f"the login to {host} worked, but no server announced itself there", status or 1)
 
     # -- where to send
@@ -5686,6 +6124,7 @@ class Login:
 
     def close(self) -> None:
         """Let go of the processes; ssh has ended long ago unless something is wrong with it."""
+        self._close_stdin()
         for process in (self._process, self._lookup):
             if process is not None:
                 if process.poll() is None:
@@ -5708,7 +6147,8 @@ def fake_proxy(host: str, port: int, family: str) -> int:
             reason = f", last tried {candidate}: {error.strerror}"
     if connection is None:
         raise BootstrapError(f"Could not connect to {host}{reason}")
-    print(f"MOSH IP {connection.getpeername()[0]}", file=sys.stderr, flush=True)
+    token = os.environ.get("MOSH_TOKEN", "MOSH")
+    print(f"{token} IP {connection.getpeername()[0]}", file=sys.stderr, flush=True)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     waiter = Waiter()
     sources = {0, connection.fileno()}
@@ -5816,6 +6256,8 @@ def _wrapper_parser() -> argparse.ArgumentParser:
     add("--no-init", dest="init", action="store_false", help="do not switch to the terminal's alternate screen")
     add("--local", action="store_true", help="run the server on this machine, without ssh; host is its address")
     add("--server", metavar="COMMAND", default="", help="the server to start there, a piece of shell text")
+    add("--push", dest="push", action="store_true", default=True, help=argparse.SUPPRESS)
+    add("--no-push", dest="push", action="store_false", help="do not bring the server along: look for one there")
     add("--client", metavar="PATH", default="", help="the client to run here instead of the built-in one")
     add("--experimental-remote-ip", dest="remote_ip", metavar="HOW", default="auto", help=" ".join(REMOTE_IP_MODES))
     add("--fake-proxy", dest="fake_proxy", action="store_true", help=argparse.SUPPRESS)
@@ -5867,7 +6309,7 @@ def _login_options(arguments: argparse.Namespace) -> LoginOptions:
     import shlex  # 4 ms
 
     options = LoginOptions()
-    for name in ("host", "command", "ssh_pty", "server", "bind_server", "local", "verbose"):
+    for name in ("host", "command", "ssh_pty", "server", "bind_server", "local", "verbose", "push"):
         setattr(options, name, getattr(arguments, name))
     if arguments.port:
         parse_ports(arguments.port)

@@ -297,7 +297,7 @@ def test_the_whole_program_gives_ssh_the_words_asked_for(home: Path, tmp_path: P
         status = program.wait()
     assert status == 77, program.output
     *options, host, dashes, command = seen.read_bytes().decode().split("\0")[:-1]
-    assert (options, host, dashes) == (["-F", "none", "-n", "-4"], "me@there", "--")
+    assert (options, host, dashes) == (["-F", "none", "-T", "-4"], "me@there", "--")
     stock = r"'new' '-c' '256' '-s' '-p' '60010:60020' '-l' 'LANG=C.UTF-8' '--' 'ls' 'a b' 'it'\''s'"
     assert command.endswith("; srv " + stock)
     assert b"Traceback" not in program.output
