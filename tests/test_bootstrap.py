@@ -21,6 +21,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import build_zipapp
 import mosh
 import peers
 from conftest import require
@@ -306,10 +307,15 @@ def test_an_old_python_leaves_it_to_the_stock_server(far_path: Path, home: Path)
 # -- the stager ------------------------------------------------------------------------------------------------
 
 
-def _stage(shell: str, far_path: Path, home: Path, sent: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+SHOW_ARGUMENTS = mosh.Program(b"import sys\nprint(ascii(sys.argv[1:]))\n", b"")
+
+
+def _stage(
+    shell: str, far_path: Path, home: Path, sent: bytes = b"", program: mosh.Program = SHOW_ARGUMENTS,
+    words: Sequence[str] = ("new", "--", *WORDS),
+) -> subprocess.CompletedProcess[bytes]:
     """What a login shell and the stager make of a login; `sent` is what comes on stdin."""
-    program = mosh.Program(b"import sys\nprint(ascii(sys.argv[1:]))\n", b"")
-    command = mosh.remote_command(_login(), ["new", "--", *WORDS], TOKEN, program)
+    command = mosh.remote_command(_login(), words, TOKEN, program)
     return subprocess.run(
         [require(shell), "-c", command], input=sent or _sent(program), capture_output=True, timeout=LIMIT_SECONDS,
         env={"PATH": str(far_path), "HOME": str(home), "XDG_CACHE_HOME": str(home), "LC_ALL": "C.UTF-8", **CONNECTION},
@@ -330,6 +336,22 @@ def test_the_stager_passes_every_login_shell(shell: str, far_path: Path, home: P
         *marked, said = filter(None, finished.stdout.decode().split("\n"))
         assert literal_eval(said) == ["server", "new", "--", *WORDS]
         assert [line.split()[1] for line in marked] == ["ADDRESS", *(["NEED"] if needs else []), "SERVER"]
+
+
+@pytest.mark.parametrize("python", build_zipapp.choose_interpreters(None, ">=3.9"), ids=str)
+def test_any_python_compiles_keeps_and_runs_the_program(
+    python: build_zipapp.Interpreter, far_path: Path, home: Path
+) -> None:
+    own = mosh.Program.own()
+    assert own is not None
+    _install(far_path / "python3", f'#!/bin/sh\nexec {shlex.quote(python.path)} "$@"\n')
+    for needs in (True, False):
+        finished = _stage("sh", far_path, home, program=own, words=["--version"])
+        assert (finished.returncode, finished.stderr) == (0, b"")
+        assert f"mosh.py {mosh.__version__}".encode() in finished.stdout
+        assert (b"NEED" in finished.stdout) == needs
+    (entry,) = (home / "mosh.py").iterdir()
+    assert entry.name == f"mosh-{own.digest[:32]}-{python.magic}.pyc"
 
 
 def test_the_command_line_is_plain_and_short() -> None:
