@@ -53,7 +53,7 @@ from functools import lru_cache
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
-    from typing import Any, Generic, Protocol, TypeVar, Union
+    from typing import Any, AnyStr, Generic, Protocol, TypeVar, Union
 
     Local = TypeVar("Local", bound="State")
     Remote = TypeVar("Remote", bound="State")
@@ -387,12 +387,11 @@ class LibcryptoCipher:
     def _load() -> Any:
         """Return libcrypto as a ctypes library. Raises OSError when none has AES-128-OCB."""
         import ctypes
-        import importlib
 
         paths: list[str | None] = []
         for extension in ("_hashlib", "_ssl"):  # looking up a symbol there also searches what it is linked with
             try:
-                paths.append(getattr(importlib.import_module(extension), "__file__", None))
+                paths.append(getattr(__import__(extension), "__file__", None))
             except ImportError:
                 continue
         if sys.platform != "darwin":  # security: macOS ends a process that opens its own libcrypto by name
@@ -1179,8 +1178,27 @@ class Transport(Generic[Local, Remote]):
 INVALID_CHAR = "\ufffd"
 
 # Where `mbrtowc` and Python's decoder part: overlong forms, surrogates, and leads beyond U+10FFFF.
-_ODD_FORM = re.compile(rb"\xe0[\x80-\x9f]|\xed[\xa0-\xbf]|\xf0[\x80-\x8f]|\xf4[\x90-\xbf]|[\xf5-\xfd]")
-_CUT_OFF = re.compile(rb"(?:[\xc2-\xdf]|[\xe0-\xef][\x80-\xbf]?|[\xf0-\xf4][\x80-\xbf]{0,2})\Z")  # more must follow
+
+
+class LazyPattern:
+    """A regular expression that is compiled when it is first used; its methods are then those of the compiled one."""
+
+    def __init__(self, source: str | bytes, flags: int) -> None:
+        self._source, self._flags = source, flags
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(re.compile(self._source, self._flags), name)
+        setattr(self, name, method)  # the next look-up does not come here
+        return method
+
+
+def lazy_pattern(source: AnyStr, flags: int = 0) -> re.Pattern[AnyStr]:
+    """Return a LazyPattern. All of them take 3 ms to compile, which no login should wait for."""
+    return LazyPattern(source, flags)  # type: ignore[return-value]
+
+
+_ODD_FORM = lazy_pattern(rb"\xe0[\x80-\x9f]|\xed[\xa0-\xbf]|\xf0[\x80-\x8f]|\xf4[\x90-\xbf]|[\xf5-\xfd]")
+_CUT_OFF = lazy_pattern(rb"(?:[\xc2-\xdf]|[\xe0-\xef][\x80-\xbf]?|[\xf0-\xf4][\x80-\xbf]{0,2})\Z")  # more must follow
 # (first lead byte, length, smallest code point that needs it). The lengths 5 and 6 of old UTF-8 are still recognized.
 _UTF8_LEADS = (
     *((0x00, 1, 0), (0x80, 0, 0), (0xC2, 2, 0), (0xE0, 3, 0x800)),
@@ -1339,9 +1357,9 @@ def is_width_doubtful(char: str) -> bool:
 # Characters of width 1 that make up nearly all text: ASCII, Latin, Cyrillic, box drawing and blocks. Text beyond these
 # is only slower. NUL stands for an empty cell.
 _NARROW = " -~\xa0-\u02ff\u0400-\u0482\u048a-\u052f\u2500-\u25fc\ufffd"
-NARROW_RUN = re.compile(f"[{_NARROW}]+")
-WIDE_RUN = re.compile("[\u3041-\u3096\u30a1-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7a3\uff01-\uff60]+")
-NARROW_CELLS = re.compile(f"[\0{_NARROW}]*")
+NARROW_RUN = lazy_pattern(f"[{_NARROW}]+")
+WIDE_RUN = lazy_pattern("[\u3041-\u3096\u30a1-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7a3\uff01-\uff60]+")
+NARROW_CELLS = lazy_pattern(f"[\0{_NARROW}]*")
 
 
 # ======================================================================================================================
@@ -1857,13 +1875,13 @@ _LETTER = ord("A")  # what characters from U+00A0 up count as
 
 # In the ground state, whole runs and whole well-formed sequences are recognized at once. The number of the last group
 # that matched says what it was; anything else is for the state machine.
-_GROUND_TOKEN = re.compile(
+_GROUND_TOKEN = lazy_pattern(
     r"([^\x00-\x1f\x80-\x9f]+)|([\x00-\x17\x19\x1c-\x1f])"
     r"|\x1b\[([0-9;]{0,100})([@-~])|\x1b\[([<-?])([0-9;]{0,100})([@-~])|.",
     re.DOTALL,
 )
 _TEXT, _CONTROL, _CSI, _PRIVATE_CSI = 1, 2, 4, 7
-_STRING_RUN = re.compile(r"[^\x00-\x1f\x80-\x9f]+")  # what an OSC or a swallowed string takes without looking
+_STRING_RUN = lazy_pattern(r"[^\x00-\x1f\x80-\x9f]+")  # what an OSC or a swallowed string takes without looking
 
 
 class Parser:
@@ -1986,12 +2004,12 @@ _KEEPS_WRAP_PENDING = {"I", "Z", "g", "m", "?h", "?l"}
 # still be on the screen. Of the others, only the pen and the bells outlive them.
 _SKIP_FROM_BYTES = 2_048  # shorter feeds are not worth the search
 _SHORT_BYTES = 64
-_LEAVES_ROW = re.compile(
+_LEAVES_ROW = lazy_pattern(
     rb"\x0b|\x0c|\xc2[\x80-\x9f]"  # VT, FF and C1 controls; every alternative starts with a byte, which is much faster
     rb"|\x1b(?!\[[0-9;]{0,99}[mKXPCDG@]|[=>]|\([0B])"  # all sequences but SGR EL ECH DCH CUF CUB CHA ICH, and no-ops
 )
 _LEAVE_ROW = (b"\x0b", b"\x0c", b"\xc2", b"\x1b")  # what these begin with: looking for a byte is faster still
-_SGR = re.compile(rb"\x1b\[([0-9;]{0,99})m")
+_SGR = lazy_pattern(rb"\x1b\[([0-9;]{0,99})m")
 _SELECTED_LIMIT = 4_096  # remembered effects of SGR
 
 
@@ -2742,8 +2760,8 @@ _MOVE_BYTES = 2  # about what getting to a row costs
 _SCROLL_BYTES, _SCROLL_REGION_BYTES = 5, 20  # about what a scroll of the whole screen and of a part of it cost
 _SCROLL_DISTANCES = 3  # distances that are examined, those of most votes
 _EMPTY_RUN = NUL * _ERASE_CHARACTERS_FROM
-_EMPTY = re.compile(f"{_EMPTY_RUN}\0*")
-_EMPTY_RUN_OR_REST = re.compile(f"{_EMPTY_RUN}\0*|(?:(?!{_EMPTY_RUN}).)+", re.DOTALL)
+_EMPTY = lazy_pattern(f"{_EMPTY_RUN}\0*")
+_EMPTY_RUN_OR_REST = lazy_pattern(f"{_EMPTY_RUN}\0*|(?:(?!{_EMPTY_RUN}).)+", re.DOTALL)
 _NBSP = "\xa0"  # carries a cell that has only combining marks
 
 _BLANK_ROW = Row("", "", Codebook.DEFAULT)
@@ -3972,8 +3990,8 @@ TITLE_PREFIX = "[mosh] "
 # Synchronized output (DEC private mode 2026): a terminal that has it shows a frame only when all of it has arrived. It
 # is asked once (DECRQM); the answer comes in among the user's keys, and soon if at all.
 SYNCHRONIZED_OUTPUT_QUERY = b"\x1b[?2026$p"
-_SYNCHRONIZED_OUTPUT_REPLY = re.compile(rb"\x1b\[\?2026;([0-4])\$y")
-_CUT_OFF_REPLY = re.compile(rb"\x1b\[\?[0-9]{0,4}(?:;[0-4]?\$?)?\Z")  # no key sends the first three bytes
+_SYNCHRONIZED_OUTPUT_REPLY = lazy_pattern(rb"\x1b\[\?2026;([0-4])\$y")
+_CUT_OFF_REPLY = lazy_pattern(rb"\x1b\[\?[0-9]{0,4}(?:;[0-4]?\$?)?\Z")  # no key sends the first three bytes
 _REPLY_LIMIT_MS = 5_000
 
 
@@ -4631,6 +4649,7 @@ def own_program() -> list[str]:
 PTY_READ_BYTES = 16_384
 PTY_TURN_BYTES = 65_536  # read at most this much of a flood before keys and other events have their turn
 FIRST_CLIENT_MS = 60_000
+_SERVER_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 EXEC_FAILURE_PAUSE_S = 3  # so that the text can reach the client
 LOCALE_VARIABLES = (
     *("LANG", "LANGUAGE", "LC_CTYPE", "LC_NUMERIC", "LC_TIME", "LC_COLLATE", "LC_MONETARY", "LC_MESSAGES"),
@@ -4684,7 +4703,8 @@ def bind_server(options: ServerOptions) -> UdpSocket:
 def _is_numeric(host: str, family: int) -> bool:
     """Return whether `host` is an address and not a name, for which a server must not wait."""
     try:
-        socket.getaddrinfo(host, 0, family, socket.SOCK_DGRAM, 0, socket.AI_NUMERICHOST)
+        # bytes, since for a str it would load the codec of international names: 1 ms
+        socket.getaddrinfo(host.encode("ascii"), 0, family, socket.SOCK_DGRAM, 0, socket.AI_NUMERICHOST)
     except (socket.gaierror, UnicodeError):
         return False
     return True
@@ -4692,12 +4712,12 @@ def _is_numeric(host: str, family: int) -> bool:
 
 def use_utf8_locale(environ: MutableMapping[str, str], fallback: dict[str, str]) -> None:
     """Make the child's locale a UTF-8 one: the native, else the client's, else the nearest there is."""
-    import locale  # 3 ms
+    import _locale as locale  # its outer half takes 2 to 6 ms for names that are not needed here
 
     def is_utf8() -> bool:
         try:
             locale.setlocale(locale.LC_CTYPE, "")
-        except locale.Error:
+        except locale.Error:  # type: ignore[attr-defined]
             return False
         return locale.nl_langinfo(locale.CODESET).lower() in ("utf-8", "utf8")
 
@@ -4859,7 +4879,8 @@ class Server:
         self._udp = udp
         self._child = child
         self._log = log
-        self._signals = Signals(signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+        self._signals = Signals(*_SERVER_SIGNALS)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SERVER_SIGNALS)
         self._started_at = now
         self._network_timeout_ms, self._signal_timeout_ms = (1000 * seconds for seconds in timeouts_s)
         self._pty_open = True
@@ -5006,10 +5027,12 @@ def serve(options: ServerOptions) -> int:
     sys.stdout.flush()
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SERVER_SIGNALS)  # who has been told of the server may signal it at once
     pid = os.fork()
     if pid:
         print(f"\nmosh-server (mosh.py {__version__})\n\n[mosh-server detached, pid = {pid}]", file=sys.stderr)
-        return 0
+        sys.stderr.flush()
+        os._exit(0)  # everything is written, and taking the interpreter down in good order takes 3 ms
     _detach(keep_output=options.verbose > 0)
     child = Child(options, (width, height), core_limit, [udp])
     now = monotonic_ms()
@@ -5546,15 +5569,18 @@ def receive():
     return data
 
 def build(data):
-    # Returns one code object: the table of widths becomes a module, then mosh.py runs.
+    # Returns one code object: the table of widths becomes a module, then mosh.py runs. Looking for garbage in what is
+    # loaded now, and stays, would take 1 ms.
     size, _, data = data.partition(b"\n")
     parts = {
         "MOSH": compile(data[:int(size)], "mosh.py", "exec", dont_inherit=True),
         "WIDTHS": compile(data[int(size):], "mosh_widths.py", "exec", dont_inherit=True),
     }
     code = compile(
-        "import sys\nwidths = type(sys)('mosh_widths')\nexec('WIDTHS', vars(widths))\n"
-        "if hasattr(widths, 'STARTS'):\n    sys.modules['mosh_widths'] = widths\nexec('MOSH')\n",
+        "import gc, sys\ngc.disable()\n__name__ = 'mosh'\n"
+        "widths = type(sys)('mosh_widths')\nexec('WIDTHS', vars(widths))\n"
+        "if hasattr(widths, 'STARTS'):\n    sys.modules['mosh_widths'] = widths\n"
+        "exec('MOSH')\ngc.enable()\nsys.exit(main())\n",
         "mosh", "exec", dont_inherit=True)
     return code.replace(co_consts=tuple(parts.get(value, value) for value in code.co_consts))
 
@@ -5619,7 +5645,7 @@ at_each_place(lambda directory: keep(directory, MAGIC_NUMBER + b"\1\0\0\0" + sum
 # There is no place to keep it: become it.
 say("SERVER", "mosh.py", "(Python " + version + ", kept nowhere)")
 sys.argv[:] = ["mosh.py", "server"] + arguments
-exec(code, {"__name__": "__main__"})
+exec(code, {})
 """
 
 
@@ -5639,7 +5665,8 @@ _FIND_STOCK = (
 )
 _PUSH = (
     _REPORT_ADDRESS + f"for p in {_PYTHONS}; do command -v $p >/dev/null 2>&1 || continue; "
-    '$p -ISc "import sys,zlib;a=sys.argv;exec(zlib.decompress(bytes.fromhex(str().join(a[4:4+int(a[3])]))))" "$@"; '
+    "$p -X no_debug_ranges "
+    '-ISc "import sys,zlib;a=sys.argv;exec(zlib.decompress(bytes.fromhex(str().join(a[4:4+int(a[3])]))))" "$@"; '
     f'r=$?; case $r in {_NEXT_PYTHON}|126|127) ;; {NO_CIPHER}) echo; echo "$1 NOCIPHER $p";; *) exit $r;; esac; done; '
     "t=$1; shift $(($3+3)); " + _FIND_STOCK
 )
@@ -5648,7 +5675,7 @@ _FIND_SERVER = (
     'for f in "$HOME/mosh.pyz" "$HOME/.local/bin/mosh.pyz" '
     '"$(PATH="$PATH:$HOME/.local/bin:/usr/local/bin:/opt/homebrew/bin:/snap/bin"; command -v mosh.pyz)"; do '
     'if [ -f "$f" ] && python3 -c "import sys; sys.exit(sys.version_info < (3, 9))" 2>/dev/null; then '
-    'echo; echo "$t SERVER python3 $f"; exec python3 "$f" server "$@"; fi; done; ' + _FIND_STOCK
+    'echo; echo "$t SERVER python3 $f"; exec python3 -IS "$f" server "$@"; fi; done; ' + _FIND_STOCK
 )
 
 
@@ -6216,6 +6243,49 @@ def _prediction_mode(word: str, origin: str = "") -> PredictionMode:
         raise UsageError(f'Unknown mode "{word}"{origin}. One of: {words}') from None
 
 
+def _asks_for_version(words: Sequence[str]) -> bool:
+    """Print the version if one of the words before `--` asks for it, with -v all of it. Returns whether one did."""
+    own = words[: words.index("--")] if "--" in words else words
+    if "--version" in own:
+        print(_version_text("-v" in own or "--verbose" in own))
+    return "--version" in own
+
+
+def _version_text(verbose: bool) -> str:
+    """Return one line, or all that a report of a fault should say."""
+    if not verbose:
+        return _VERSION_TEXT
+    program = Program.own()
+    try:
+        cipher = choose_cipher(os.environ.get("MOSH_CRYPTO", ""))(bytes(KEY_BYTES)).name
+    except BootstrapError as error:
+        cipher = f"none: {error}"
+    return (
+        f"{_VERSION_TEXT}\n"
+        f"build:  {program.digest if program else 'unknown'}\n"
+        f"Python: {sys.version.split()[0]}, {sys.executable}\n"
+        f"crypto: {cipher}\n"
+        f"widths: {_width_table_name()}"
+    )
+
+
+def _width_table_name() -> str:
+    try:
+        import mosh_widths
+
+        return f"wcwidth {mosh_widths.VERSION}, Unicode {mosh_widths.UNICODE}, built in"
+    except ImportError:
+        pass
+    try:
+        import wcwidth
+
+        return f"wcwidth {wcwidth.__version__}, Unicode {wcwidth.list_versions()[-1]}"
+    except ImportError:
+        import unicodedata
+
+        return f"Python's own, Unicode {unicodedata.unidata_version}"
+
+
 # -- the wrapper
 
 
@@ -6262,7 +6332,7 @@ def _wrapper_parser() -> argparse.ArgumentParser:
     add("--experimental-remote-ip", dest="remote_ip", metavar="HOW", default="auto", help=" ".join(REMOTE_IP_MODES))
     add("--fake-proxy", dest="fake_proxy", action="store_true", help=argparse.SUPPRESS)
     add("-v", "--verbose", action="count", default=0, help="say which server was started")
-    add("--version", action="store_true", help="print the version and exit")
+    add("--version", action="store_true", help="print the version and exit; with -v also the build, crypto and widths")
     return parser
 
 
@@ -6343,9 +6413,11 @@ def _client_options(predict: str | None, overwrite: bool | None, init: bool) -> 
 
 def wrapper_main(words: Sequence[str]) -> int:
     """Log in and run the client."""
+    if _asks_for_version(words):  # before argparse, which takes 5 ms
+        return 0
     arguments = _parse_wrapper(words)
     if arguments.version:
-        print(_VERSION_TEXT)
+        print(_version_text(arguments.verbose > 0))
         return 0
     if arguments.fake_proxy:
         if len(arguments.proxy_target) != 2:
@@ -6503,14 +6575,13 @@ def client_main(program: str, words: Sequence[str]) -> int:
 
 def _asks_for_text(words: Sequence[str], usage: str) -> bool:
     """Print help or version if one of the words before `--` asks for it. Returns whether one did."""
+    if _asks_for_version(words):
+        return True
     own = words[: words.index("--")] if "--" in words else words
-    if "--version" in own:
-        print(_VERSION_TEXT)
-    elif "--help" in own or "-h" in own:
+    if "--help" in own or "-h" in own:
         print(usage)
-    else:
-        return False
-    return True
+        return True
+    return False
 
 
 # -- all of them

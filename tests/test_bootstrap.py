@@ -307,7 +307,7 @@ def test_an_old_python_leaves_it_to_the_stock_server(far_path: Path, home: Path)
 # -- the stager ------------------------------------------------------------------------------------------------
 
 
-SHOW_ARGUMENTS = mosh.Program(b"import sys\nprint(ascii(sys.argv[1:]))\n", b"")
+SHOW_ARGUMENTS = mosh.Program(b"import sys\ndef main():\n    print(ascii(sys.argv[1:]))\n", b"")
 
 
 def _stage(

@@ -45,6 +45,20 @@ def test_version_says_what_it_is_and_whom_it_talks_to(run: Run) -> None:
     assert mosh.__version__ in finished.stdout and "1.4.0" in finished.stdout
 
 
+@pytest.mark.parametrize("words", [["--version", "-v"], ["-v", "-version"], ["server", "-v", "--version"]])
+def test_verbose_version_says_all_that_a_report_needs(run: Run, words: list[str]) -> None:
+    finished = run(*words)
+    assert (finished.returncode, finished.stderr) == (0, "")
+    first, *lines = finished.stdout.splitlines()
+    told = dict(line.split(":", 1) for line in lines)
+    own = mosh.Program.own()
+    assert own is not None and mosh.__version__ in first
+    assert told["build"].strip() == own.digest
+    assert told["Python"].split(",")[0].strip() == sys.version.split()[0]
+    assert told["crypto"].strip() in ("cryptography", "libcrypto")
+    assert "Unicode" in told["widths"]
+
+
 # -- the wrapper: mistakes -------------------------------------------------------------------------------------
 
 MISTAKES = [
