@@ -5467,9 +5467,6 @@ if sys.version_info < (3, 9):
     say("OLD", version, sys.executable)
     sys.exit(42)
 from _frozen_importlib_external import MAGIC_NUMBER, PathFinder
-if not all(map(PathFinder.find_spec, ("ctypes", "termios", "pty", "selectors"))):
-    say("PARTIAL", version, sys.executable)
-    sys.exit(42)
 
 def places():
     # Where to look and to keep, as (folder, name in it).
@@ -5638,6 +5635,9 @@ def at_each_place(work, create):
             os.execv(sys.executable, [sys.executable, "-IS", path, "server"] + arguments)
 
 at_each_place(intact, False)
+if not all(map(PathFinder.find_spec, ("ctypes", "termios", "pty", "selectors"))):
+    say("PARTIAL", version, sys.executable)
+    sys.exit(42)
 code = build(receive())
 import marshal
 body = marshal.dumps(code)
@@ -5910,8 +5910,8 @@ class Login:
         self._progress_shown = False
         self._noise_bytes = 0
 
-    def run(self) -> tuple[str, int, list[Candidate]]:
-        """Return (printable key, port, candidates). Raises BootstrapError."""
+    def start(self) -> None:
+        """Start ssh, which needs a while. Call `finish` next. Raises BootstrapError."""
         import subprocess  # 7 ms
 
         options = self._options
@@ -5933,14 +5933,17 @@ class Login:
             stdin = self._open_stdin()
         # security: ssh's stderr is read apart, since what a jump host or a banner says there must not start a session
         try:
-            if not options.local and options.remote_ip == "auto":
-                lookup = [*options.ssh, "-G", options.host]
-                self._lookup = subprocess.Popen(lookup, stdin=null, stdout=pipe, stderr=null)
             self._process = subprocess.Popen(
                 command, stdin=stdin, stdout=pipe, stderr=pipe, env=environ, cwd=directory
             )
+            if not options.local and options.remote_ip == "auto":
+                lookup = [*options.ssh, "-G", options.host]
+                self._lookup = subprocess.Popen(lookup, stdin=null, stdout=pipe, stderr=null)
         except OSError as error:
             raise BootstrapError(f"cannot run {command[0]}: {error.strerror}", SERVER_NOT_FOUND) from None
+
+    def finish(self) -> tuple[str, int, list[Candidate]]:
+        """Return (printable key, port, candidates). Raises BootstrapError."""
         self._read_announcement()
         self._close_stdin()
         return self.announcement.key, self.announcement.port, self._candidates()
@@ -6428,10 +6431,11 @@ def wrapper_main(words: Sequence[str]) -> int:
     login_options = _login_options(arguments)
     terminfo = Terminfo(os.environ.get("TERM", ""))
     RawTerminal(terminfo)  # it is better to learn now than after the login that this is no terminal
-    make_cipher = choose_cipher(os.environ.get("MOSH_CRYPTO", ""))
     login = Login(login_options, terminfo.colors)
     try:
-        key_text, port, candidates = login.run()
+        login.start()
+        make_cipher = choose_cipher(os.environ.get("MOSH_CRYPTO", ""))  # 7 to 90 ms, in which ssh is on its way
+        key_text, port, candidates = login.finish()
         if arguments.client:
             _exec_client(arguments.client, key_text, candidates[0], port, client_options)
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # ssh ends by itself and need not be waited for

@@ -512,7 +512,8 @@ def _run_login(script: str, tmp_path: Path, **changes: object) -> tuple[str, int
     _install(ssh, "#!/bin/sh\n" + script)
     login = mosh.Login(_login(host="there", ssh=[str(ssh)], server="srv", **changes), 256)  # type: ignore[arg-type]
     try:
-        return login.run()
+        login.start()
+        return login.finish()
     finally:
         login.close()
 
@@ -577,7 +578,7 @@ def test_a_login_that_fails_is_explained(
 def test_an_ssh_that_does_not_exist_is_named(tmp_path: Path) -> None:
     login = mosh.Login(_login(host="there", ssh=[str(tmp_path / "no-ssh")]), 256)
     with pytest.raises(mosh.BootstrapError, match="no-ssh"):
-        login.run()
+        login.start()
     login.close()
 
 

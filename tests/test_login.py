@@ -295,7 +295,8 @@ def start_server(far: FarHost, *words: str, **changes: object) -> mosh.Announcem
         setattr(options, name, value)
     login = mosh.Login(options, 256)
     try:
-        key, port, candidates = login.run()
+        login.start()
+        key, port, candidates = login.finish()
     finally:
         login.close()
     assert len(key) == 22 and port and candidates
