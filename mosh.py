@@ -6005,11 +6005,15 @@ class Login:
 
     def _show_progress(self) -> None:
         got = self.announcement.said.get("GOT")
-        share = 100 * int(got[1]) // self._packed_bytes if got else 0
-        end = "\r" if "SERVER" not in self.announcement.said else "\r\x1b[K"
-        text = f"mosh: sending {self._packed_bytes // 1024} KB to {self._options.host}, once: {min(share, 100)} %"
-        print(f"\r{text}{end}", end="", file=sys.stderr, flush=True)
+        percent = min(100, 100 * int(got[1]) // self._packed_bytes) if got else 0
+        text = f"mosh: sending {self._packed_bytes // 1024} KB to {self._options.host}, once: {percent} %"
+        print(f"\r{text}\x1b[K", end="", file=sys.stderr, flush=True)
         self._progress_shown = True
+
+    def _end_progress(self) -> None:
+        if self._progress_shown:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+            self._progress_shown = False
 
     def _close_stdin(self) -> None:
         for descriptor in (self._stdin, self._stdin_reader):
@@ -6071,9 +6075,10 @@ class Login:
             return
         if "NEED" in self.announcement.said and self._asked_at is None and self._program is not None:
             self._send_program(now)
-        if self._asked_at is not None and (self._progress_shown or now - self._asked_at > PROGRESS_AFTER_MS):
-            if sys.stderr.isatty():
-                self._show_progress()
+        if "SERVER" in self.announcement.said:
+            self._end_progress()
+        elif self._asked_at is not None and now - self._asked_at > PROGRESS_AFTER_MS and sys.stderr.isatty():
+            self._show_progress()
         if self._heard_at is None and self._session_is_open():
             self._heard_at = now
         if self._heard_at is not None and now - self._heard_at >= self._options.silence_limit_ms:
@@ -6093,6 +6098,7 @@ class Login:
             raise BootstrapError(f"{self._options.host} prints without end instead of starting a server", OTHER_COMMAND)
         text = re.sub(_TERMINAL_SEQUENCE, "", re.sub(_WITH_KEY, "MOSH CONNECT ...", text)).rstrip()
         if text:
+            self._end_progress()
             print(text, file=sys.stderr)
 
     def _explain(self, status: int) -> None:
@@ -6154,6 +6160,7 @@ class Login:
 
     def close(self) -> None:
         """Let go of the processes; ssh has ended long ago unless something is wrong with it."""
+        self._end_progress()
         self._close_stdin()
         for process in (self._process, self._lookup):
             if process is not None:

@@ -510,7 +510,7 @@ def _run_login(script: str, tmp_path: Path, **changes: object) -> tuple[str, int
     """Log in through a script in the place of ssh."""
     ssh = tmp_path / "ssh"
     _install(ssh, "#!/bin/sh\n" + script)
-    login = mosh.Login(_login(host="there", ssh=[str(ssh)], server="srv", **changes), 256)  # type: ignore[arg-type]
+    login = mosh.Login(_login(**{"host": "there", "ssh": [str(ssh)], "server": "srv", **changes}), 256)  # type: ignore[arg-type]
     try:
         login.start()
         return login.finish()
@@ -592,3 +592,31 @@ def test_a_hostile_address_leaves_the_one_that_ssh_knows(address: str, tmp_path:
 def test_lines_in_any_encoding_pass(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert _run_login(LOOKUP + "printf '\\377\\376 \\303\\251\\n'\n" + SAYS_IT, tmp_path)[0] == KEY
     assert "é" in capfd.readouterr().err
+
+
+# -- a slow transfer -------------------------------------------------------------------------------------------
+
+SLOW = """t=$MOSH_TOKEN; head -c 16 >/dev/null; echo "$t NEED 3.11.2"; head -c 20000 >/dev/null; echo "$t GOT 20000"
+sleep 1; echo banner; cat >/dev/null & echo "$t SERVER srv"
+"""
+
+
+def test_a_transfer_that_takes_long_shows_how_far_it_is(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for terminal in (True, False):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda terminal=terminal: terminal)
+        assert _run_login(LOOKUP + SLOW + SAYS_IT, tmp_path, server="")[0] == KEY
+        shown = capfd.readouterr().err
+        assert bool(re.search(r"sending \d+ KB to there, once: 2\d %", shown)) == terminal
+        assert "banner\n" in shown and ("\x1b" in shown) == terminal
+        assert not terminal or shown.endswith("\r\x1b[Kbanner\n"), "the progress was not taken away"
+
+
+def test_a_quick_transfer_shows_nothing(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr(mosh, "PROGRESS_AFTER_MS", 60_000)
+    _run_login(LOOKUP + SLOW + SAYS_IT, tmp_path, server="")
+    assert capfd.readouterr().err == "banner\n"

@@ -304,7 +304,8 @@ def test_help_lists_every_option_that_users_need(run: Run, option: str) -> None:
 
 def test_the_whole_program_gives_ssh_the_words_asked_for(home: Path, tmp_path: Path) -> None:
     ssh, seen = tmp_path / "ssh", tmp_path / "seen"
-    ssh.write_text(f'#!/bin/sh\ncase "$*" in *" -G "*) exit;; esac\nfor word; do printf "%s\\0" "$word"; done > {seen}\nexit 77\n')
+    lookup = 'case "$*" in *" -G "*) exit;; esac'
+    ssh.write_text(f'#!/bin/sh\n{lookup}\nfor word; do printf "%s\\0" "$word"; done > {seen}\nexit 77\n')
     ssh.chmod(0o755)
     words = ["-p60010:60020", f"--ssh={ssh} -F none", "--server=srv", "-4", "me@there", "--", "ls", "a b", "it's"]
     with on_a_terminal([*ours_command(), *words], {**session_env(home), "TERM": "xterm-256color"}) as program:

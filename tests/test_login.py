@@ -541,6 +541,23 @@ def test_a_host_behind_a_jump_host(far: FarHost, tmp_path: Path) -> None:
             assert ("NEED" in announcement.said) == needed and announcement.address == "127.0.0.1"
 
 
+def test_a_passphrase_is_asked_for_on_the_terminal(far: FarHost, home: Path) -> None:
+    """ssh's stdin is ours, so what it asks, it asks on the terminal; a password is asked for the same way."""
+    far.has_python()
+    key = far.sshd.config.parent / "client_key"
+    subprocess.run(["ssh-keygen", "-q", "-p", "-P", "", "-N", "secret", "-f", str(key)], check=True, timeout=20)
+    config = far.sshd.config.read_text(encoding="utf-8")
+    far.sshd.config.write_text(config.replace("BatchMode yes", "BatchMode no"), encoding="utf-8")
+    for _ in range(2):
+        with local_terminal(wrapper_command(Pair("ours", "ours"), far, ALIAS, "--", *FAR_SHELL), home) as terminal:
+            terminal.wait_for("Enter passphrase for key", LOGIN_SECONDS)
+            terminal.type("secret\n")
+            terminal.wait_for(lambda screen: "far" in screen.rows, LOGIN_SECONDS)
+            terminal.type("exit\n")
+            assert terminal.exit_status() == 0
+            assert "secret" not in terminal.snapshot().text
+
+
 def test_a_login_with_a_terminal(far: FarHost) -> None:
     far.has_python()
     for needed in (True, False):
