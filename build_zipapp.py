@@ -351,6 +351,7 @@ import gc
 
 gc.disable()    # what is loaded now stays: looking for garbage in it takes 1 ms
 import mosh
+import mosh_widths  # now, not when the first character needs it: by then this file may have been replaced
 
 gc.enable()
 sys.exit(mosh.main())
