@@ -5422,8 +5422,8 @@ def _make_client_core(
 # round trip: OpenSSH opens a session with a window of zero, so that stdin travels only after the answer to the
 # command.) The stager looks for this very program, by its sha256, in a private cache there; if it is missing, it asks
 # for it on stdin, checks it, compiles it for its Python and keeps that. What travels is source, 80 KB compressed: that
-# is less than half of the bytecode and fits every Python, so that this file and any mosh.pyz made from it share an
-# entry. Compiling takes 50 to 80 ms, once. Without a usable Python the same command line starts a stock mosh-server.
+# is two thirds of the bytecode, and it fits every Python, whichever ones the builder of mosh.pyz had. Compiling takes
+# 50 to 80 ms, once. Without a usable Python the same command line starts a stock mosh-server.
 #
 # Lines that are ours carry a random token, which no banner and no start-up file can know. `MOSH CONNECT` itself has
 # none, since stock servers print it: it counts only after a marked line that says that a server has been started.
@@ -5494,7 +5494,8 @@ def places():
 def enter(folder, name, create):
     # Returns a descriptor of a folder that nobody else can change or replace. Raises OSError.
     if create:
-        os.makedirs(folder, 0o700, exist_ok=True)
+        if name == "mosh.py":
+            os.makedirs(folder, 0o700, exist_ok=True)
         try:
             os.mkdir(folder + "/" + name, 0o700)
         except FileExistsError:
@@ -5759,18 +5760,23 @@ class Program:
 
     @classmethod
     def _from_checkout(cls) -> Program | None:
-        """The widths cost 0.2 s here; without the builder or its package the far side takes what Python knows."""
         if not __file__.endswith(".py"):
             return None
         with open(__file__, "rb") as file:
-            source = file.read()
-        widths = b""
-        with contextlib.suppress(ImportError):
-            import build_zipapp
+            return cls(file.read(), cls._widths_here())
 
-            with contextlib.suppress(build_zipapp.BuildError):
-                widths = build_zipapp.widths_module().encode()
-        return cls(source, widths)
+    @staticmethod
+    def _widths_here() -> bytes:
+        """Return a mosh_widths.py with the widths that this end goes by, so that both agree. Takes 0.2 s."""
+        package_width = _package_width()
+        starts, widths, last = [], bytearray(), None
+        for code_point in range(sys.maxunicode + 1):
+            width = package_width(chr(code_point))
+            if width != last:
+                starts.append(code_point)
+                widths.append(width + 1)
+                last = width
+        return f"VERSION = UNICODE = 'of the client'\nSTARTS = {starts}\nWIDTHS = {bytes(widths)!r}\n".encode("ascii")
 
 
 def shell_quote(word: str) -> str:

@@ -20,7 +20,6 @@ import pytest
 import wcwidth
 
 import build_zipapp
-import mosh
 from build_zipapp import BuildError, Interpreter
 
 ROOT = Path(build_zipapp.__file__).resolve().parent
@@ -163,8 +162,7 @@ def test_verbose_version_names_the_build_and_what_it_works_with(real_pyz: Path, 
     said = [run([sys.executable, "-IS", path, "--version", "-v"]).stdout for path in (real_pyz, copy)]
     assert said[0] == said[1]
     lines = dict(line.split(":", 1) for line in said[0].splitlines()[1:])
-    own = mosh.Program.own()
-    assert own is not None and lines["build"].strip() == own.digest, "a checkout would not share a host's entry"
+    assert re.fullmatch(r" +[0-9a-f]{64}", lines["build"])
     assert f"wcwidth {wcwidth.__version__}" in lines["widths"]
     assert lines["crypto"].strip() in ("libcrypto", "cryptography")
 
