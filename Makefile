@@ -4,6 +4,7 @@
 # HOST=you@host         run: log in there; without it, a session on this machine that needs no ssh
 # SEED=n                sim: repeat the run with this seed
 # COUNT=n               attack: so many datagrams of each kind
+# ROOTS=folder          test-matrix: where the Debian systems are kept
 # TESTS="..."           test: arguments for pytest instead of the folder tests
 
 PYTHON ?= python3
@@ -11,13 +12,14 @@ HOST ?=
 SEED ?=
 TESTS ?= tests
 COUNT ?= 10000
+ROOTS ?= .venv/roots
 
 VENV := .venv
 PYTEST := $(VENV)/bin/python -m pytest -c tests/pytest.ini --rootdir .
 SOURCES := mosh.py build_zipapp.py tests
 
-.PHONY: all run slim test lint sim bench bench-terminal bench-network bench-simulated bench-start fuzz attack clean help
-.PHONY: peers
+.PHONY: all run slim test test-matrix lint sim bench bench-terminal bench-network bench-simulated bench-start fuzz attack
+.PHONY: clean help peers
 
 all: mosh.pyz ## build mosh.pyz, the one file to run and to copy (plain `make` does this)
 
@@ -46,6 +48,16 @@ mosh-slim.pyz: mosh.py build_zipapp.py
 test: lint peers ## check the style and run all tests, also against the stock mosh; CI=true forbids to skip any peer
 	$(PYTEST) $(TESTS)
 
+SUITES := bullseye bookworm trixie
+
+test-matrix: $(VENV)/.tools peers ## log in to bare Debian systems, which root on Debian gets by debootstrap
+	@mkdir -p $(ROOTS); for suite in $(SUITES); do \
+	    test -x $(ROOTS)/$$suite/usr/sbin/sshd && continue; echo "making a Debian $$suite"; rm -rf $(ROOTS)/$$suite; \
+	    debootstrap --variant=minbase --include=python3,openssh-server $$suite $(ROOTS)/$$suite >$(ROOTS)/$$suite.log \
+	        || { echo "make: debootstrap failed, see $(ROOTS)/$$suite.log" >&2; exit 1; }; \
+	done
+	MOSH_ROOTS=$(abspath $(ROOTS)) $(PYTEST) tests/test_matrix.py
+
 lint: $(VENV)/.tools ## check style and types
 	$(VENV)/bin/python -m ruff check $(SOURCES)
 	$(VENV)/bin/python -m mypy --config-file .mypy.ini $(SOURCES)
@@ -72,7 +84,7 @@ clean: ## remove everything that make has made, .venv included
 	rm -rf __pycache__ tests/__pycache__
 
 help: ## show this list
-	@awk 'BEGIN { FS = ":.*## " } /^[a-z -]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' Makefile
+	@awk 'BEGIN { FS = ":.*## " } /^[a-z -]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
 
 # -- What the targets need ---------------------------------------------------------------------------------------------
 
@@ -90,8 +102,8 @@ $(VENV)/.tools: tests/requirements.txt | $(VENV)/bin/python
 	@touch $@ $(VENV)/.wcwidth
 
 # The programs that tests run ours against. Root on Debian gets them; elsewhere the tests that need one say so and skip.
-PEERS := mosh-server mosh-client sshd ssh tmux vim nano zsh fish tcsh ksh mksh $(if $(wildcard /etc/debian_version),locale-gen)
-PEER_PACKAGES := mosh openssh-server openssh-client tmux vim nano locales zsh fish tcsh ksh mksh
+PEERS := mosh-server mosh-client sshd ssh tmux vim nano zsh fish tcsh csh ksh mksh $(if $(wildcard /etc/debian_version),locale-gen)
+PEER_PACKAGES := mosh openssh-server openssh-client tmux vim nano locales zsh fish tcsh csh ksh mksh
 
 peers:
 	@PATH="$$PATH:/usr/sbin:/sbin"; \

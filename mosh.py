@@ -54,7 +54,7 @@ from itertools import accumulate
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
-    from typing import Any, Generic, Protocol, TypeVar, Union
+    from typing import Any, AnyStr, Generic, Protocol, TypeVar, Union
 
     Local = TypeVar("Local", bound="State")
     Remote = TypeVar("Remote", bound="State")
@@ -261,6 +261,7 @@ def inflate(data: bytes) -> bytes:
 BLOCK_BYTES = 16
 REKEY_LIMIT_BLOCKS = 2**47  # OCB's bound on blocks under one key; nobody types that much
 MIN_SEALED_BYTES = SEQUENCE.size + TAG_BYTES
+NO_CIPHER = 69  # exit status of a program that has no AES-OCB to work with; EX_UNAVAILABLE of sysexits.h
 _CONTEXT_LIMIT_BYTES = 4096  # libcrypto backend: buffer size, twice any datagram
 
 
@@ -387,12 +388,11 @@ class LibcryptoCipher:
     def _load() -> Any:
         """Return libcrypto as a ctypes library. Raises OSError when none has AES-128-OCB."""
         import ctypes
-        import importlib
 
         paths: list[str | None] = []
         for extension in ("_hashlib", "_ssl"):  # looking up a symbol there also searches what it is linked with
             try:
-                paths.append(getattr(importlib.import_module(extension), "__file__", None))
+                paths.append(getattr(__import__(extension), "__file__", None))
             except ImportError:
                 continue
         if sys.platform != "darwin":  # security: macOS ends a process that opens its own libcrypto by name
@@ -493,7 +493,7 @@ def choose_cipher(wanted: str = "") -> Callable[[bytes], Cipher]:
         import site  # the interpreter was started with -S, which hides installed packages: look again with them
 
         site.main()
-    raise BootstrapError("no AES-128-OCB on this machine; " + "; ".join(reasons))
+    raise BootstrapError("no AES-128-OCB on this machine; " + "; ".join(reasons), NO_CIPHER)
 
 
 class Channel:
@@ -1447,10 +1447,29 @@ class Transport(Generic[Local, Remote]):
 INVALID_CHAR = "\ufffd"
 
 # Where `mbrtowc` and Python's decoder part: overlong forms, surrogates, and leads beyond U+10FFFF.
-_ODD_FORM = re.compile(
+
+
+class LazyPattern:
+    """A regular expression that is compiled when it is first used; its methods are then those of the compiled one."""
+
+    def __init__(self, source: str | bytes, flags: int) -> None:
+        self._source, self._flags = source, flags
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(re.compile(self._source, self._flags), name)
+        setattr(self, name, method)  # the next look-up does not come here
+        return method
+
+
+def lazy_pattern(source: AnyStr, flags: int = 0) -> re.Pattern[AnyStr]:
+    """Return a LazyPattern. All of them take 3 ms to compile, which no login should wait for."""
+    return LazyPattern(source, flags)  # type: ignore[return-value]
+
+
+_ODD_FORM = lazy_pattern(
     rb"\xe0[\x80-\x9f]|\xed[\xa0-\xbf]|\xf0[\x80-\x8f]|\xf4[\x90-\xbf]|[\xf5-\xfd](?:[\x80-\xbf]|\Z)"
 )
-_CUT_OFF = re.compile(rb"(?:[\xc2-\xdf]|[\xe0-\xef][\x80-\xbf]?|[\xf0-\xf4][\x80-\xbf]{0,2})\Z")  # more must follow
+_CUT_OFF = lazy_pattern(rb"(?:[\xc2-\xdf]|[\xe0-\xef][\x80-\xbf]?|[\xf0-\xf4][\x80-\xbf]{0,2})\Z")  # more must follow
 # (first lead byte, length, smallest code point that needs it). The lengths 5 and 6 of old UTF-8 are still recognized.
 _UTF8_LEADS = (
     *((0x00, 1, 0), (0x80, 0, 0), (0xC2, 2, 0), (0xE0, 3, 0x800)),
@@ -1612,15 +1631,15 @@ def is_width_doubtful(char: str) -> bool:
 # is only slower. NUL stands for an empty cell.
 _NARROW = " -~\xa0-\u02ff\u0400-\u0482\u048a-\u052f\u2500-\u25fc\ufffd"
 _WIDE = "\u3041-\u3096\u30a1-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7a3\uff01-\uff60"
-NARROW_RUN = re.compile(f"[{_NARROW}]+")
-WIDE_RUN = re.compile(f"[{_WIDE}]+")
+NARROW_RUN = lazy_pattern(f"[{_NARROW}]+")
+WIDE_RUN = lazy_pattern(f"[{_WIDE}]+")
 # Marks that combine, of width 0: Latin, Hebrew, Arabic, Devanagari, Thai, joiners. Texts with others are only slower.
 MARKS = (
     "\u0300-\u036f\u0591-\u05bd\u064b-\u065f\u0901\u0902\u093c\u0941-\u0948\u094d"
     "\u0e31\u0e34-\u0e3a\u0e47-\u0e4e\u200d\ufe0e\ufe0f"
 )
-CLUSTER = re.compile(f".[{MARKS}]*", re.DOTALL)  # a character with the marks behind it
-NARROW_CELLS = re.compile(f"[\0{_NARROW}]*")
+CLUSTER = lazy_pattern(f".[{MARKS}]*", re.DOTALL)  # a character with the marks behind it
+NARROW_CELLS = lazy_pattern(f"[\0{_NARROW}]*")
 
 
 # ======================================================================================================================
@@ -2157,7 +2176,7 @@ _NO_STEP: Step = ("", None)
 _LETTER = ord("A")  # what characters from U+00A0 up count as
 
 _CONTROL_CHARACTERS = "\x00-\x1f\x7f-\x9f"
-_FUNCTION = re.compile(  # it starts with a set of characters, which is searched for much faster than alternatives
+_FUNCTION = lazy_pattern(  # it starts with a set of characters, which is searched for much faster than alternatives
     rf"([{_CONTROL_CHARACTERS}]"
     r"(?:(?<=\x1b)(?:\[(?:[0-9;]*(?:m(?:\x1b\[[0-9;]*m)*|[@-ln-~])|[<-?][0-9;]*[@-~])|[0-OQ-WYZ\\`-~]|[ -/]+[0-~])"
     r"|(?<=\r)\n)?)"
@@ -2293,12 +2312,12 @@ _KEEPS_WRAP_PENDING = {"\t", "I", "Z", "g", "?h", "?l"}
 _SKIP_FROM_BYTES = 2_048  # shorter feeds are not worth the search
 _SHORT_BYTES = 64
 _LEAVES_ROW = {  # by their first byte: looking for that alone is ten times as fast
-    b"\x1b": re.compile(rb"\x1b(?!\[[0-9;]*[mKXPCDG@]|[=>]|\([0B])"),  # all but SGR EL ECH DCH CUF CUB CHA ICH, no-ops
-    b"\x0b": re.compile(rb"\x0b"),  # VT
-    b"\x0c": re.compile(rb"\x0c"),  # FF
-    b"\xc2": re.compile(rb"\xc2[\x80-\x9f]"),  # C1 controls
+    b"\x1b": lazy_pattern(rb"\x1b(?!\[[0-9;]*[mKXPCDG@]|[=>]|\([0B])"),  # not SGR EL ECH DCH CUF CUB CHA ICH, no-ops
+    b"\x0b": lazy_pattern(rb"\x0b"),  # VT
+    b"\x0c": lazy_pattern(rb"\x0c"),  # FF
+    b"\xc2": lazy_pattern(rb"\xc2[\x80-\x9f]"),  # C1 controls
 }
-_SGR = re.compile(rb"\x1b\[[0-9;]*m")
+_SGR = lazy_pattern(rb"\x1b\[[0-9;]*m")
 
 _REMEMBERED_LIMIT = 4_096  # remembered control functions, and as many effects of SGR
 _REMEMBERED_CHARACTERS = 64  # longer ones are not remembered
@@ -2993,8 +3012,8 @@ _CONTROL_SEQUENCES: dict[str, Callable[[Emulator, Parameters], None]] = {
     "r": Emulator.decstbm,  # set top and bottom margins
 }
 
-_CONTROL_SEQUENCE = re.compile(r"\x1b\[([<-?]?)([0-9;]*)(.*)", re.DOTALL)
-_SGR_FUNCTIONS = re.compile(r"(?:\x1b\[[0-9;]*m)+")
+_CONTROL_SEQUENCE = lazy_pattern(r"\x1b\[([<-?]?)([0-9;]*)(.*)", re.DOTALL)
+_SGR_FUNCTIONS = lazy_pattern(r"(?:\x1b\[[0-9;]*m)+")
 
 
 def _operation(function: str) -> Operation:
@@ -3092,8 +3111,8 @@ _MOVE_BYTES = 2  # about what getting to a row costs
 _SCROLL_BYTES, _SCROLL_REGION_BYTES = 5, 20  # about what a scroll of the whole screen and of a part of it cost
 _SCROLL_DISTANCES = 3  # distances that are examined, those of most votes
 _EMPTY_RUN = NUL * _ERASE_CHARACTERS_FROM
-_EMPTY = re.compile(f"{_EMPTY_RUN}\0*")
-_EMPTY_RUN_OR_REST = re.compile(f"{_EMPTY_RUN}\0*|(?:(?!{_EMPTY_RUN}).)+", re.DOTALL)
+_EMPTY = lazy_pattern(f"{_EMPTY_RUN}\0*")
+_EMPTY_RUN_OR_REST = lazy_pattern(f"{_EMPTY_RUN}\0*|(?:(?!{_EMPTY_RUN}).)+", re.DOTALL)
 _NBSP = "\xa0"  # carries a cell that has only combining marks
 
 _BLANK_ROW = Row("", "", Codebook.DEFAULT)
@@ -4323,7 +4342,7 @@ def _duration(elapsed_ms: int, unit: str) -> str:
     return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
 
 
-_CLIPBOARD_CONTENTS = re.compile(r"[A-Za-z0-9+/]*=*")  # base64
+_CLIPBOARD_CONTENTS = lazy_pattern(r"[A-Za-z0-9+/]*=*")  # base64
 
 
 def disarm(screen: Framebuffer, shown: Framebuffer) -> None:
@@ -4372,8 +4391,8 @@ TITLE_PREFIX = "[mosh] "
 # Synchronized output (DEC private mode 2026): a terminal that has it shows a frame only when all of it has arrived. It
 # is asked once (DECRQM); the answer comes in among the user's keys, and soon if at all.
 SYNCHRONIZED_OUTPUT_QUERY = b"\x1b[?2026$p"
-_SYNCHRONIZED_OUTPUT_REPLY = re.compile(rb"\x1b\[\?2026;([0-4])\$y")
-_CUT_OFF_REPLY = re.compile(rb"\x1b\[\?[0-9]{0,4}(?:;[0-4]?\$?)?\Z")  # no key sends the first three bytes
+_SYNCHRONIZED_OUTPUT_REPLY = lazy_pattern(rb"\x1b\[\?2026;([0-4])\$y")
+_CUT_OFF_REPLY = lazy_pattern(rb"\x1b\[\?[0-9]{0,4}(?:;[0-4]?\$?)?\Z")  # no key sends the first three bytes
 _REPLY_LIMIT_MS = 5_000
 
 
@@ -5393,6 +5412,7 @@ PTY_READ_BYTES = 16_384
 PTY_TURN_BYTES = 65_536  # read at most this much of a flood before keys and other events have their turn
 FIRST_CLIENT_MS = 60_000
 DROPS_LOGGED = 16  # with -v: each of the first dropped datagrams has a line
+_SERVER_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 EXEC_FAILURE_PAUSE_S = 3  # so that the text can reach the client
 LOCALE_VARIABLES = (
     *("LANG", "LANGUAGE", "LC_CTYPE", "LC_NUMERIC", "LC_TIME", "LC_COLLATE", "LC_MONETARY", "LC_MESSAGES"),
@@ -5452,7 +5472,8 @@ def bind_server(options: ServerOptions) -> UdpSocket:
 def _is_numeric(host: str, family: int) -> bool:
     """Return whether `host` is an address and not a name, for which a server must not wait."""
     try:
-        socket.getaddrinfo(host, 0, family, socket.SOCK_DGRAM, 0, socket.AI_NUMERICHOST)
+        # bytes, since for a str it would load the codec of international names: 1 ms
+        socket.getaddrinfo(host.encode("ascii"), 0, family, socket.SOCK_DGRAM, 0, socket.AI_NUMERICHOST)
     except (socket.gaierror, UnicodeError):
         return False
     return True
@@ -5460,12 +5481,12 @@ def _is_numeric(host: str, family: int) -> bool:
 
 def use_utf8_locale(environ: MutableMapping[str, str], fallback: dict[str, str]) -> None:
     """Make the child's locale a UTF-8 one: the native, else the client's, else the nearest there is."""
-    import locale  # 3 ms
+    import _locale as locale  # its outer half takes 2 to 6 ms for names that are not needed here
 
     def is_utf8() -> bool:
         try:
             locale.setlocale(locale.LC_CTYPE, "")
-        except locale.Error:
+        except locale.Error:  # type: ignore[attr-defined]
             return False
         return locale.nl_langinfo(locale.CODESET).lower() in ("utf-8", "utf8")
 
@@ -5630,7 +5651,8 @@ class Server:
         self._udp = udp
         self._child = child
         self._log = log
-        self._signals = Signals(signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+        self._signals = Signals(*_SERVER_SIGNALS)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SERVER_SIGNALS)
         self._started_at = now
         self._network_timeout_ms, self._signal_timeout_ms = (1000 * seconds for seconds in timeouts_s)
         self._pty_open = True
@@ -5779,10 +5801,12 @@ def serve(options: ServerOptions) -> int:
     sys.stdout.flush()
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SERVER_SIGNALS)  # who has been told of the server may signal it at once
     pid = os.fork()
     if pid:
         print(f"\nmosh-server (mosh.py {__version__})\n\n[mosh-server detached, pid = {pid}]", file=sys.stderr)
-        return 0
+        sys.stderr.flush()
+        os._exit(0)  # everything is written, and taking the interpreter down in good order takes 3 ms
     _detach(keep_output=options.verbose > 0)
     forbid_tracing()  # before the program's process is forked, which has the key in its memory until it execs
     child = Child(options, (width, height), core_limit, [udp])
@@ -6294,10 +6318,20 @@ def _make_client_core(
 # ======================================================================================================================
 # == 19. Bootstrap -- ssh command, remote start, MOSH CONNECT line, addresses
 # ======================================================================================================================
-# One `ssh`, without a tty and with stdin closed, runs one command on the host: it reports the address the login came
-# in on, starts the server, and ends. ssh still asks for passwords, on the terminal. Lines that are ours begin with
-# MOSH; everything else the host prints is for the user. The user's ssh configuration is honoured in full, since
-# nothing in it is overridden: for the address we ask `ssh -G` what the name means, and the server side what it saw.
+# One `ssh`, without a tty and with a pipe as stdin, runs one command on the host; ssh still asks for passwords, on the
+# terminal. Nothing of the user's ssh configuration is overridden: for the address we ask `ssh -G` what the name means,
+# and the server side what it saw.
+#
+# The host needs nothing but a Python. The command line carries a small program, the stager. (On stdin it would cost a
+# round trip: OpenSSH opens a session with a window of zero, so that stdin travels only after the answer to the
+# command.) The stager looks for this very program, by its sha256, in a private cache there; if it is missing, it asks
+# for it on stdin, checks it, compiles it for its Python and keeps that. What travels is source, 80 KB compressed: that
+# is two thirds of the bytecode, and it fits every Python, whichever ones the builder of mosh.pyz had. Compiling takes
+# 50 to 80 ms, once. Without a usable Python the same command line starts a stock mosh-server.
+#
+# Lines that are ours carry a random token, which no banner and no start-up file can know. `MOSH CONNECT` itself has
+# none, since stock servers print it: it counts only after a marked line that says that a server has been started.
+# Everything else the host prints is for the user.
 
 SERVER_NOT_FOUND = 127
 REMOTE_IP_MODES = ("auto", "local", "remote", "proxy")
@@ -6305,28 +6339,283 @@ FAMILIES = ("inet", "inet6", "auto", "all", "prefer-inet", "prefer-inet6")
 _FAMILY_NUMBERS = {"inet": socket.AF_INET, "inet6": socket.AF_INET6}
 _SSH_ADDRESS_WAIT_S = 10
 _LINE_LIMIT_BYTES = 1 << 16  # a longer line is no line of ours
-_WITHOUT_KEY = re.compile(r"MOSH CONNECT \S+ \S+")  # security: what looks like a key is not shown
-_PROXY_CHUNK_BYTES = 4096
-
-_REPORT_ADDRESS = r"""[ -n "$SSH_CONNECTION" ] && printf "\nMOSH SSH_CONNECTION %s\n" "$SSH_CONNECTION" """
-
-# What to start on a host when the user does not say. One line for `sh`, without anything that a login shell of another
-# kind (csh, fish) would take for its own inside single quotes.
-_FIND_SERVER = (
-    _REPORT_ADDRESS + r"; "
-    r'p="$PATH:$HOME/.local/bin:/usr/local/bin:/opt/homebrew/bin:/snap/bin"; '
-    r'for f in "$HOME/mosh.pyz" "$HOME/.local/bin/mosh.pyz" "$(PATH="$p"; command -v mosh.pyz)"; do '
-    r'if [ -f "$f" ] && python3 -c "import sys; sys.exit(sys.version_info < (3, 9))" 2>/dev/null; then '
-    r'printf "MOSH SERVER python3 %s\n" "$f"; exec python3 "$f" server "$@"; fi; done; '
-    r'f="$(PATH="$p"; command -v mosh-server)"; '
-    r'if [ -n "$f" ]; then printf "MOSH SERVER %s\n" "$f"; exec "$f" "$@"; fi; '
-    r'printf "MOSH NOSERVER\n"; exit 127'
+_NOISE_LIMIT_BYTES = 1 << 22  # a host that has printed this much will never come to our command
+_WITH_KEY = r"MOSH CONNECT \S+ \S+"  # security: what looks like a key is not shown
+# security: the host may print what it likes, but does not get to program the terminal before it has a session
+_TERMINAL_SEQUENCE = (
+    r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b[\]P^_X][^\x07\x1b]*(?:\x07|\x1b\\)?|\x1b.?|[\x00-\x08\x0b-\x1f\x7f-\x9f]"
 )
-_NO_SERVER = """no server found on {host}. Looked for mosh.pyz in the home folder, ~/.local/bin and PATH,
+_PROXY_CHUNK_BYTES = 4096
+SILENCE_LIMIT_MS = 30_000  # an open session says something by then, or never; a loaded small machine needs 5 s
+_SESSION_POLL_MS = 500  # how often to look whether the session is open, which only sets the clock for that limit
+PROGRESS_AFTER_MS = 500  # a shorter transfer is nobody's concern
+_PADDING = b"\n" * 16  # for start-up files that read a line; the stager skips what they leave
+
+# Exit statuses of a login that fails, from sysexits.h, so that scripts can tell why.
+BAD_CHECKSUM, PARTIAL_PYTHON, OLD_PYTHON, SILENT_HOST, OTHER_COMMAND = 65, 71, 72, 75, 77
+RESTRICTED_SHELL = 126
+_NEXT_PYTHON = 42  # the stager's own: this interpreter will not do
+
+# The stager runs on any Python 3, even one that is too old, to be able to say so. Comments do not travel.
+_STAGER = r"""
+import os, sys, zlib
+token, digest, count = sys.argv[1:4]
+arguments = sys.argv[4 + int(count):]
+version = "%d.%d.%d" % sys.version_info[:3]
+uid = os.geteuid()
+
+def say(*words):
+    os.write(1, ("\n" + " ".join((token,) + words) + "\n").encode("utf-8", "replace"))
+
+if sys.version_info < (3, 9):
+    say("OLD", version, sys.executable)
+    sys.exit(42)
+from _frozen_importlib_external import MAGIC_NUMBER, PathFinder
+
+def places():
+    # Where to look and to keep, as (folder, name in it).
+    env = os.environ.get
+    home = env("HOME", "")
+    try:
+        if os.stat(home).st_uid != uid:
+            home = ""
+    except (OSError, ValueError):
+        home = ""
+    if not home:
+        import pwd
+        try:
+            home = pwd.getpwuid(uid).pw_dir
+        except KeyError:
+            pass
+    named = "mosh.py-%d" % uid
+    for folder, name in (
+        (env("XDG_CACHE_HOME", ""), "mosh.py"), (home and home + "/.cache", "mosh.py"),
+        (env("XDG_RUNTIME_DIR", ""), named), (env("TMPDIR", ""), named), ("/tmp", named), ("/var/tmp", named),
+    ):
+        if folder[:1] == "/":
+            yield os.path.realpath(folder), name
+
+def enter(folder, name, create):
+    # Returns a descriptor of a folder that nobody else can change or replace. Raises OSError.
+    if create:
+        if name == "mosh.py":
+            os.makedirs(folder, 0o700, exist_ok=True)
+        try:
+            os.mkdir(folder + "/" + name, 0o700)
+        except FileExistsError:
+            pass
+    directory = os.open(folder + "/" + name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        found = os.fstat(directory)
+        good = found.st_uid == uid and not found.st_mode & 0o22
+        while good and folder:
+            found = os.stat(folder)
+            good = found.st_uid in (0, uid) and (not found.st_mode & 0o22 or found.st_mode & 0o1000)
+            folder = folder.rpartition("/")[0]
+        if not good:
+            raise OSError("not private")
+    except BaseException:
+        os.close(directory)
+        raise
+    return directory
+
+def sums(body):
+    return zlib.crc32(body).to_bytes(4, "little") + len(body).to_bytes(4, "little")
+
+def intact(directory):
+    # Whether the entry is there, ours and whole; a crash of the machine may have cut it. Raises OSError.
+    entry = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=directory)
+    with open(entry, "rb") as file:
+        found = os.fstat(entry)
+        if found.st_mode & 0o170022 != 0o100000 or found.st_uid != uid:
+            return False
+        data = file.read()
+        if data[8:16] != sums(data[16:]):
+            return False
+        try:
+            os.utime(entry)
+        except OSError:
+            pass
+    return True
+
+def receive():
+    # Returns the program, checked.
+    if os.isatty(0):
+        import tty
+        tty.setraw(0)
+    say("NEED", version)
+    mark, data, size = token.encode() + b" ", b"", None
+    step = 8192
+    while size is None or len(data) < size:
+        chunk = os.read(0, 65536)
+        if not chunk:
+            say("FAIL", "cut")
+            sys.exit(65)
+        data += chunk
+        if size is None:
+            head, found, rest = data.partition(mark)
+            line, ended, rest = rest.partition(b"\n")
+            if found and ended:
+                size, data = int(line), rest
+        if size is not None and len(data) >= step:
+            say("GOT", str(len(data)))
+            step = len(data) + 8192
+    import hashlib
+    try:
+        data = zlib.decompress(data)
+    except zlib.error:
+        data = b""
+    if hashlib.sha256(data).hexdigest() != digest:
+        say("FAIL", "checksum")
+        sys.exit(65)
+    return data
+
+def build(data):
+    # Returns one code object: the table of widths becomes a module, then mosh.py runs. Looking for garbage in what is
+    # loaded now, and stays, would take 1 ms.
+    size, _, data = data.partition(b"\n")
+    parts = {
+        "MOSH": compile(data[:int(size)], "mosh.py", "exec", dont_inherit=True),
+        "WIDTHS": compile(data[int(size):], "mosh_widths.py", "exec", dont_inherit=True),
+    }
+    code = compile(
+        "import gc, sys\ngc.disable()\n__name__ = 'mosh'\n"
+        "widths = type(sys)('mosh_widths')\nexec('WIDTHS', vars(widths))\n"
+        "if hasattr(widths, 'STARTS'):\n    sys.modules['mosh_widths'] = widths\n"
+        "exec('MOSH')\ngc.enable()\nsys.exit(main())\n",
+        "mosh", "exec", dont_inherit=True)
+    return code.replace(co_consts=tuple(parts.get(value, value) for value in code.co_consts))
+
+def keep(directory, data):
+    draft = ".%s.%s" % (name, os.urandom(8).hex())
+    try:
+        file = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600, dir_fd=directory)
+        with open(file, "wb", 0) as raw:
+            while data:
+                data = data[raw.write(data):]
+            os.fsync(file)
+        os.rename(draft, name, src_dir_fd=directory, dst_dir_fd=directory)
+    except OSError:
+        try:
+            os.unlink(draft, dir_fd=directory)
+        except OSError:
+            pass
+        raise
+    try:
+        prune(directory)
+    except OSError:
+        pass
+    return True
+
+def prune(directory):
+    # Keep the eight entries that were used last; a draft younger than a day may belong to a login under way.
+    import time
+    found = []
+    for other in os.listdir(directory):
+        if other.lstrip(".")[:5] == "mosh-":
+            used = os.stat(other, dir_fd=directory, follow_symlinks=False).st_mtime
+            if other[0] != ".":
+                found.append((used, other))
+            elif used < time.time() - 86400:
+                os.unlink(other, dir_fd=directory)
+    for used, other in sorted(found)[:-8]:
+        os.unlink(other, dir_fd=directory)
+
+name = "mosh-" + digest[:32] + "-" + MAGIC_NUMBER[:2].hex() + ".pyc"
+
+def at_each_place(work, create):
+    # Run the program from the first place where `work` succeeds.
+    for folder, inner in places():
+        try:
+            directory = enter(folder, inner, create)
+            try:
+                good = work(directory)
+            finally:
+                os.close(directory)
+        except OSError:
+            continue
+        if good:
+            path = folder + "/" + inner + "/" + name
+            say("SERVER", path, "(Python " + version + ")")
+            os.execv(sys.executable, [sys.executable, "-IS", path, "server"] + arguments)
+
+at_each_place(intact, False)
+if not all(map(PathFinder.find_spec, ("ctypes", "termios", "pty", "selectors"))):
+    say("PARTIAL", version, sys.executable)
+    sys.exit(42)
+code = build(receive())
+import marshal
+body = marshal.dumps(code)
+at_each_place(lambda directory: keep(directory, MAGIC_NUMBER + b"\1\0\0\0" + sums(body) + body), True)
+# There is no place to keep it: become it.
+say("SERVER", "mosh.py", "(Python " + version + ", kept nowhere)")
+sys.argv[:] = ["mosh.py", "server"] + arguments
+exec(code, {})
+"""
+
+
+# What the host's `sh` is given. One line, without quotes, backslashes and exclamation marks, so that every login shell
+# passes it on. Its arguments are the token, the sha256 of the program, the number of words that the stager takes, these
+# words, and the server's own.
+_STAGER_WORD_CHARS = 500  # some C shells limit a word to 1024
+_REPORT_ADDRESS = '[ -n "$SSH_CONNECTION" ] && echo && echo "$1 ADDRESS $SSH_CONNECTION"; '
+_PYTHONS = (
+    "python3 /usr/bin/python3 /usr/local/bin/python3 /opt/homebrew/bin/python3 /usr/libexec/platform-python "
+    + " ".join(f"python3.{minor}" for minor in range(14, 8, -1))
+)
+_FIND_STOCK = (
+    'f="$(PATH="$PATH:$HOME/.local/bin:/usr/local/bin:/opt/homebrew/bin:/snap/bin"; command -v mosh-server)"; '
+    'if [ -n "$f" ]; then echo; echo "$t SERVER $f"; exec "$f" "$@"; fi; '
+    f'echo; echo "$t NOSERVER"; exit {SERVER_NOT_FOUND}'
+)
+_PUSH = (
+    _REPORT_ADDRESS + f"for p in {_PYTHONS}; do command -v $p >/dev/null 2>&1 || continue; "
+    "$p -X no_debug_ranges "
+    '-ISc "import sys,zlib;a=sys.argv;exec(zlib.decompress(bytes.fromhex(str().join(a[4:4+int(a[3])]))))" "$@"; '
+    f'r=$?; case $r in {_NEXT_PYTHON}|126|127) ;; {NO_CIPHER}) echo; echo "$1 NOCIPHER $p";; *) exit $r;; esac; done; '
+    "t=$1; shift $(($3+3)); " + _FIND_STOCK
+)
+_FIND_SERVER = (
+    _REPORT_ADDRESS + "t=$1; shift; "
+    'for f in "$HOME/mosh.pyz" "$HOME/.local/bin/mosh.pyz" '
+    '"$(PATH="$PATH:$HOME/.local/bin:/usr/local/bin:/opt/homebrew/bin:/snap/bin"; command -v mosh.pyz)"; do '
+    'if [ -f "$f" ] && python3 -c "import sys; sys.exit(sys.version_info < (3, 9))" 2>/dev/null; then '
+    'echo; echo "$t SERVER python3 $f"; exec python3 -IS "$f" server "$@"; fi; done; ' + _FIND_STOCK
+)
+
+
+_NOT_FOUND = """no server found on {host}. Looked for mosh.pyz in the home folder, ~/.local/bin and PATH,
 with a python3 of at least 3.9 to run it, then for mosh-server. To fix it, do one of these:
+  let mosh bring its own:       leave --no-push away
   copy this program there:      scp {program} {host}:mosh.pyz
   install the package mosh there
   say where the server is:      --server='python3 /path/to/mosh.pyz server'"""
+_SILENT = (
+    "{host} let us in, but has said nothing for {seconds} s. Does a start-up file of the login shell there (.bashrc, "
+    ".zshenv ...) wait for input, or is the machine that slow? Try: ssh {host} echo hello"
+)
+_RESTRICTED = "the login shell of {host} is restricted and cannot run sh; --server=COMMAND names what it can"
+_OTHER_COMMAND = (
+    "{host} let us in, but did not run what mosh asked for: a forced command for this key (command= or ForceCommand), "
+    "or a login shell that is none; what it said is above"
+)
+# Why a host that lacks nothing else has no server for us: what it said, exit status, text. The first that applies.
+_OBSTACLES = (
+    ("FAIL", BAD_CHECKSUM,
+     "the program arrived damaged on {host} ({0}), and nothing was started; does a start-up file of the login shell "
+     "there read what is meant for mosh?"),
+    ("NOCIPHER", NO_CIPHER,
+     "{host} has no AES-OCB for its Python ({0}; FIPS mode?) and no mosh-server; install the package mosh there, or "
+     "python3-cryptography"),
+    ("PARTIAL", PARTIAL_PYTHON,
+     "the Python {0} of {host} ({1}) lacks its standard library (python3-minimal?), and there is no mosh-server; "
+     "install the package python3 there, or mosh"),
+    ("OLD", OLD_PYTHON,
+     "the Python of {host} is {0} ({1}), mosh.py needs 3.9 or newer, and there is no mosh-server; install either, or "
+     "name one with --server"),
+    ("NOSERVER", SERVER_NOT_FOUND,
+     "{host} has neither a python3 (3.9 or newer) nor a mosh-server; install the package python3 there, or mosh"),
+)  # fmt: skip
 
 
 class LoginOptions:
@@ -6337,13 +6626,61 @@ class LoginOptions:
         self.command: list[str] = []  # to run instead of the login shell
         self.ssh = ["ssh"]
         self.ssh_pty = False
-        self.server = ""  # shell text; empty to search
+        self.server = ""  # shell text; empty to bring our own, or to search
+        self.push = True  # bring our own
         self.family = "prefer-inet"
         self.ports = ""  # PORT or LOW:HIGH, empty for the default
         self.bind_server = "ssh"
         self.local = False
         self.remote_ip = "auto"
         self.verbose = 0
+        self.silence_limit_ms = SILENCE_LIMIT_MS
+
+
+class Program:
+    """This very program as it is sent to a host: the table of widths and the source of mosh.py."""
+
+    def __init__(self, source: bytes, widths: bytes) -> None:
+        import hashlib  # 4 ms
+
+        self._content = b"%d\n" % len(source) + source + widths
+        self.digest = hashlib.sha256(self._content).hexdigest()
+
+    def packed(self) -> bytes:
+        """Return it compressed."""
+        return zlib.compress(self._content, 9)  # 25 ms, while the host waits; level 6 takes 12 and gives 2 % more
+
+    @classmethod
+    def own(cls) -> Program | None:
+        """Return the program that is running, None if its source is not there. Raises BootstrapError."""
+        try:
+            archive = getattr(globals().get("__loader__"), "archive", None)
+            if archive is None:
+                return cls._from_checkout()
+            get_data = globals()["__loader__"].get_data
+            return cls(get_data(f"{archive}/mosh.py"), get_data(f"{archive}/mosh_widths.py"))
+        except (OSError, ImportError, zlib.error) as error:
+            raise BootstrapError(f"cannot read my own program, was it replaced just now? Try again ({error})") from None
+
+    @classmethod
+    def _from_checkout(cls) -> Program | None:
+        if not __file__.endswith(".py"):
+            return None
+        with open(__file__, "rb") as file:
+            return cls(file.read(), cls._widths_here())
+
+    @staticmethod
+    def _widths_here() -> bytes:
+        """Return a mosh_widths.py with the widths that this end goes by, so that both agree. Takes 0.2 s."""
+        package_width = _package_width()
+        starts, widths, last = [], bytearray(), None
+        for code_point in range(sys.maxunicode + 1):
+            width = package_width(chr(code_point))
+            if width != last:
+                starts.append(code_point)
+                widths.append(width + 1)
+                last = width
+        return f"VERSION = UNICODE = 'of the client'\nSTARTS = {starts}\nWIDTHS = {bytes(widths)!r}\n".encode("ascii")
 
 
 def shell_quote(word: str) -> str:
@@ -6366,35 +6703,54 @@ def server_arguments(options: LoginOptions, colors: int, environ: MutableMapping
     return words + (["--", *options.command] if options.command else [])
 
 
-def remote_command(options: LoginOptions, arguments: Sequence[str]) -> str:
-    """Return the command line for the host's login shell, whichever that is."""
+def stager_words() -> list[str]:
+    """Return the stager as words that no shell minds: compressed, in hexadecimal."""
+    text = re.sub(r"(?m)^\s*#.*\n|^\n", "", _STAGER)
+    digits = zlib.compress(text.encode("ascii"), 9).hex()
+    return [digits[at : at + _STAGER_WORD_CHARS] for at in range(0, len(digits), _STAGER_WORD_CHARS)]
+
+
+def remote_command(options: LoginOptions, arguments: Sequence[str], token: str, program: Program | None) -> str:
+    """Return the command line for the host's login shell, whichever that is; `program` is what to push, if anything."""
     quoted = " ".join(map(shell_quote, arguments))
     if options.server:
-        return f"sh -c {shell_quote(_REPORT_ADDRESS)} ; {options.server} {quoted}"
-    return f"exec sh -c {shell_quote(_FIND_SERVER)} mosh {quoted}"
+        script = f'{_REPORT_ADDRESS}echo; echo "$1 SERVER as told"'
+        return f"sh -c {shell_quote(script)} mosh {token} ; {options.server} {quoted}"
+    if program is None:
+        return f"sh -c {shell_quote(_FIND_SERVER)} mosh {token} {quoted}"
+    words = stager_words()
+    head = f"mosh {token} {program.digest} {len(words)} {' '.join(words)}"
+    return f"sh -c {shell_quote(_PUSH)} {head} {quoted}"
+
+
+_ANNOUNCEMENTS = {  # what follows the token: a word that says what the line is, and then
+    "ADDRESS": r"\S+ \S+ (\S+) \S+",  # client's address and port, server's address and port
+    "OLD": r"(\S+) (.*)",  # version and path of a Python that is too old
+    "PARTIAL": r"(\S+) (.*)",  # version and path of one without its standard library
+    "NOCIPHER": r"(.+)",  # name of one that our server found no AES-OCB with
+    "NEED": r"(\S+)",  # version of the Python that waits for the program
+    "GOT": r"([0-9]{1,9})",  # bytes of it that have arrived
+    "FAIL": r"(cut|checksum)",  # what was wrong with them
+    "SERVER": r"(.+)",  # a server is being started, and which
+    "NOSERVER": "",
+}
+_CONNECT = r"MOSH CONNECT ([0-9]{1,5}) ([A-Za-z0-9/+]{22})"
 
 
 class Announcement:
-    """What the lines of a starting server say."""
+    """What the lines of a starting server say. All but `MOSH CONNECT` have to carry the token."""
 
-    _CONNECT = re.compile(r"MOSH CONNECT (\d{1,5}) ([A-Za-z0-9/+]{22})", re.ASCII)
-    _CONNECTION = re.compile(r"MOSH SSH_CONNECTION \S+ \S+ (\S+) \S+")
-    _ADDRESS = re.compile(r"MOSH IP (\S+)")
-    _SERVER = re.compile(r"MOSH SERVER (.*)")
-    _OURS = re.compile(r"MOSH\s+(CONNECT|IP|SSH_CONNECTION)\s+\S")
-
-    def __init__(self) -> None:
+    def __init__(self, token: str) -> None:
+        self._token = token
         self.port = 0
         self.key = ""
         self.proxy_address = ""  # what our ProxyCommand connected to
-        self.ssh_address = ""  # the server's side of the ssh connection, as the host sees it
-        self.server = ""  # what was started, where we searched
-        self.not_found = False
+        self.said: dict[str, re.Match[str]] = {}  # the last line of each kind
 
     @property
     def address(self) -> str:
-        """Where the login got to, empty if unknown."""
-        return self.proxy_address or self.ssh_address
+        """Where the login got to, empty if unknown: what the host saw counts unless our own proxy knows better."""
+        return self.proxy_address or (self.said["ADDRESS"][1] if "ADDRESS" in self.said else "")
 
     @property
     def complete(self) -> bool:
@@ -6403,27 +6759,29 @@ class Announcement:
 
     def take(self, line: str) -> bool:
         """Take note of one line. Returns whether it was ours. Raises BootstrapError if it is malformed."""
-        line = line.rstrip()
-        if not line.startswith("MOSH "):
+        _, marked, text = line.rstrip().partition(self._token + " ")
+        if marked:
+            kind, _, rest = text.partition(" ")
+            match = re.fullmatch(_ANNOUNCEMENTS[kind], rest) if kind in _ANNOUNCEMENTS else None
+            if match is None:
+                raise BootstrapError(f"the {kind[:20]!a} line of the host is malformed")
+            self.said[kind] = match
+            return True
+        if "SERVER" not in self.said or not re.match(r"MOSH\s+CONNECT\s+\S", line):
             return False
-        match = self._CONNECT.fullmatch(line)
-        if match and 0 < int(match[1]) < 65536:
-            self.port, self.key = int(match[1]), match[2]
-        elif match := self._CONNECTION.fullmatch(line):
-            self.ssh_address = self.ssh_address or match[1]
-        elif match := self._ADDRESS.fullmatch(line):
-            if self.proxy_address:
-                raise BootstrapError("detected attempt to redefine MOSH IP")
-            self.proxy_address = match[1]
-        elif match := self._SERVER.fullmatch(line):
-            self.server = match[1]
-        elif line == "MOSH NOSERVER":
-            self.not_found = True
-        elif match := self._OURS.match(line):
-            raise BootstrapError(f"the MOSH {match[1]} line of the host is malformed")
-        else:
-            return False
+        match = re.fullmatch(_CONNECT, line.rstrip())
+        if not match or not 0 < int(match[1]) < 65536:
+            raise BootstrapError("the MOSH CONNECT line of the host is malformed")
+        self.port, self.key = int(match[1]), match[2]
         return True
+
+    def take_from_proxy(self, line: str) -> bool:
+        """Take note of a line on ssh's stderr, where only our own ProxyCommand knows the token."""
+        _, marked, address = line.rstrip().partition(self._token + " IP ")
+        if marked and self.proxy_address:
+            raise BootstrapError("detected attempt to redefine MOSH IP")
+        self.proxy_address = address or self.proxy_address
+        return bool(marked)
 
 
 def resolve(host: str, port: int, family: str) -> list[Candidate]:
@@ -6447,37 +6805,58 @@ class Login:
     def __init__(self, options: LoginOptions, colors: int) -> None:
         self._options = options
         self._arguments = server_arguments(options, colors, os.environ)
-        self.announcement = Announcement()
+        self._token = "mosh-" + os.urandom(16).hex()
+        self._program: Program | None = None
+        self.announcement = Announcement(self._token)
         self.names: list[str] = []  # what may be looked up again if the server moves
+        # the processes, and our end of ssh's stdin
         self._process: subprocess.Popen[bytes] | None = None
         self._lookup: subprocess.Popen[bytes] | None = None
+        self._stdin_reader = self._stdin = -1
+        self._to_send = memoryview(b"")
+        # what happened so far, in ms of the clock
+        self._heard_at: int | None = None  # when the host was last heard; None while ssh is still logging in
+        self._asked_at: int | None = None  # when the program was asked for
+        self._packed_bytes = 0
+        self._progress_shown = False
+        self._noise_bytes = 0
 
-    def run(self) -> tuple[str, int, list[Candidate]]:
-        """Return (printable key, port, candidates). Raises BootstrapError."""
+    def start(self) -> None:
+        """Start ssh, which needs a while. Call `finish` next. Raises BootstrapError."""
         import subprocess  # 7 ms
 
         options = self._options
         environ = {name: value for name, value in os.environ.items() if name != "MOSH_PREDICTION_DISPLAY"}
         directory = None
+        null, pipe = subprocess.DEVNULL, subprocess.PIPE
+        stdin = null
         if options.local:
             command = self._local_command()
             environ.pop("SSH_CONNECTION", None)
             directory = environ.get("HOME")
             self.announcement.proxy_address = options.host
+            self.announcement.take(f"{self._token} SERVER on this machine")
         else:
+            if options.push and not options.server:
+                self._program = Program.own()
             command = self._ssh_command()
-        null, pipe = subprocess.DEVNULL, subprocess.PIPE
+            environ["MOSH_TOKEN"] = self._token  # for our ProxyCommand
+            stdin = self._open_stdin()
         # security: ssh's stderr is read apart, since what a jump host or a banner says there must not start a session
         try:
+            self._process = subprocess.Popen(
+                command, stdin=stdin, stdout=pipe, stderr=pipe, env=environ, cwd=directory
+            )
             if not options.local and options.remote_ip == "auto":
                 lookup = [*options.ssh, "-G", options.host]
                 self._lookup = subprocess.Popen(lookup, stdin=null, stdout=pipe, stderr=null)
-            self._process = subprocess.Popen(
-                command, stdin=null, stdout=pipe, stderr=pipe, env=environ, cwd=directory
-            )
         except OSError as error:
             raise BootstrapError(f"cannot run {command[0]}: {error.strerror}", SERVER_NOT_FOUND) from None
+
+    def finish(self) -> tuple[str, int, list[Candidate]]:
+        """Return (printable key, port, candidates). Raises BootstrapError."""
         self._read_announcement()
+        self._close_stdin()
         return self.announcement.key, self.announcement.port, self._candidates()
 
     def _local_command(self) -> list[str]:
@@ -6488,9 +6867,7 @@ class Login:
     def _ssh_command(self) -> list[str]:
         options = self._options
         host = options.host
-        extra: list[str] = []
-        if options.ssh_pty:
-            extra.append("-tt")
+        extra = ["-tt" if options.ssh_pty else "-T"]  # -T, since a configuration may ask for a terminal
         if options.family in _FAMILY_NUMBERS:
             extra.append("-4" if options.family == "inet" else "-6")
         if options.remote_ip == "proxy":
@@ -6501,7 +6878,59 @@ class Login:
             address = resolve(name, 22, options.family)[0]
             self.announcement.proxy_address = str(address)
             host = user + at + str(address)
-        return [*options.ssh, "-n", *extra, host, "--", remote_command(options, self._arguments)]
+        command = remote_command(options, self._arguments, self._token, self._program)
+        return [*options.ssh, *extra, host, "--", command]
+
+    # -- what the far side gets on stdin
+
+    def _open_stdin(self) -> int:
+        """Return the pipe for ssh to read. Its end stays open here, too: how full it is tells what ssh is doing."""
+        self._stdin_reader, self._stdin = os.pipe()
+        os.set_blocking(self._stdin, False)
+        self._to_send = memoryview(_PADDING)
+        self._write_stdin()
+        if self._program is None:
+            os.close(self._stdin)
+            self._stdin = -1
+        return self._stdin_reader
+
+    def _write_stdin(self) -> None:
+        try:
+            self._to_send = self._to_send[os.write(self._stdin, self._to_send) :]
+        except BlockingIOError:
+            pass
+
+    def _session_is_open(self) -> bool:
+        """Whether ssh has logged in: it reads its stdin only once the session is there."""
+        if self._stdin_reader < 0:
+            return False
+        (waiting,) = struct.unpack("i", fcntl.ioctl(self._stdin_reader, termios.FIONREAD, bytes(4)))
+        return bool(waiting < len(_PADDING))
+
+    def _send_program(self, now: int) -> None:
+        assert self._program is not None
+        packed = self._program.packed()
+        self._packed_bytes = len(packed)
+        self._asked_at = now
+        self._to_send = memoryview(f"{self._token} {len(packed)}\n".encode("ascii") + packed)
+
+    def _show_progress(self) -> None:
+        got = self.announcement.said.get("GOT")
+        percent = min(100, 100 * int(got[1]) // self._packed_bytes) if got else 0
+        text = f"mosh: sending {self._packed_bytes // 1024} KB to {self._options.host}, once: {percent} %"
+        print(f"\r{text}\x1b[K", end="", file=sys.stderr, flush=True)
+        self._progress_shown = True
+
+    def _end_progress(self) -> None:
+        if self._progress_shown:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+            self._progress_shown = False
+
+    def _close_stdin(self) -> None:
+        for descriptor in (self._stdin, self._stdin_reader):
+            if descriptor >= 0:
+                os.close(descriptor)
+        self._stdin = self._stdin_reader = -1
 
     # -- what the far side says
 
@@ -6513,7 +6942,12 @@ class Login:
         pending = {protected: b"", process.stderr.fileno(): b""}  # the descriptors still open
         waiter = Waiter()
         while pending and not self.announcement.complete:
-            for descriptor in sorted(waiter.wait(pending, (), None), key=lambda ready: ready != protected):
+            writable = [self._stdin] if self._to_send else []
+            ready = waiter.wait(pending, writable, self._next_look())
+            now = monotonic_ms()
+            if self._stdin in ready:
+                self._write_stdin()
+            for descriptor in sorted(ready & pending.keys(), key=lambda each: each != protected):
                 chunk = os.read(descriptor, 4096)
                 *lines, rest = (pending[descriptor] + chunk).split(b"\n")
                 pending[descriptor] = rest
@@ -6524,35 +6958,81 @@ class Login:
                     self._take_line(line, trusted=descriptor == protected)
                 if not chunk:
                     del pending[descriptor]
+                if descriptor == protected:
+                    self._heard_at = now
+            self._check_progress(now)
         if self._options.remote_ip == "proxy" and waiter.wait(pending.keys() - {protected}, (), 0):
             for line in os.read(process.stderr.fileno(), 4096).split(b"\n"):
                 self._take_line(line, trusted=False)
         if not self.announcement.complete:
             self._explain(process.wait())
-        if self._options.verbose and self.announcement.server:
-            print(f"mosh: started {self.announcement.server}", file=sys.stderr)
+        if self._options.verbose:
+            sent = f", {self._packed_bytes} bytes sent" if self._packed_bytes else ""
+            print(f"mosh: started {self._options.server or self.announcement.said['SERVER'][1]}{sent}", file=sys.stderr)
+
+    def _next_look(self) -> int | None:
+        """Return when to stop waiting for the host and look after our own affairs."""
+        if self._options.local:
+            return None
+        now = monotonic_ms()
+        if self._heard_at is None:
+            return now + _SESSION_POLL_MS
+        deadline = self._heard_at + self._options.silence_limit_ms
+        return deadline if self._asked_at is None else min(deadline, now + PROGRESS_AFTER_MS // 2)
+
+    def _check_progress(self, now: int) -> None:
+        """Send the program if it is wanted, say so if that takes long, give up on a host that says nothing."""
+        if self._options.local:
+            return
+        if "NEED" in self.announcement.said and self._asked_at is None and self._program is not None:
+            self._send_program(now)
+        if "SERVER" in self.announcement.said:
+            self._end_progress()
+        elif self._asked_at is not None and now - self._asked_at > PROGRESS_AFTER_MS and sys.stderr.isatty():
+            self._show_progress()
+        if self._heard_at is None and self._session_is_open():
+            self._heard_at = now
+        if self._heard_at is not None and now - self._heard_at >= self._options.silence_limit_ms:
+            seconds = self._options.silence_limit_ms // 1000
+            raise BootstrapError(_SILENT.format(host=self._options.host, seconds=seconds), SILENT_HOST)
 
     def _take_line(self, line: bytes, trusted: bool) -> None:
         """Take note of a line, or show it. `trusted`: it came from the host itself, by the channel ssh protects."""
         text = line.decode("utf-8", "replace")
-        from_proxy = self._options.remote_ip == "proxy" and text.startswith("MOSH IP ") and not trusted
-        if (from_proxy or (trusted and not self.announcement.complete)) and self.announcement.take(text):
+        if self.announcement.complete and trusted:
             return
-        if text.strip() and not self.announcement.complete:
-            print(_WITHOUT_KEY.sub("MOSH CONNECT ...", text.rstrip()), file=sys.stderr)
+        take = self.announcement.take if trusted else self.announcement.take_from_proxy
+        if take(text) or self.announcement.complete:
+            return
+        self._noise_bytes += len(line) + 1
+        if self._noise_bytes > _NOISE_LIMIT_BYTES:
+            raise BootstrapError(f"{self._options.host} prints without end instead of starting a server", OTHER_COMMAND)
+        text = re.sub(_TERMINAL_SEQUENCE, "", re.sub(_WITH_KEY, "MOSH CONNECT ...", text)).rstrip()
+        if text:
+            self._end_progress()
+            print(text, file=sys.stderr)
 
     def _explain(self, status: int) -> None:
         """Say why there is no session. Always raises BootstrapError."""
-        host = self._options.host
-        if self.announcement.not_found:
-            program = os.path.basename(own_program()[-1])
-            raise BootstrapError(_NO_SERVER.format(host=host, program=program), SERVER_NOT_FOUND)
+        host, said = self._options.host, self.announcement.said
         if self._options.local:
             raise BootstrapError(f"the server on this machine did not start (exit status {status})", status or 1)
+        if "NOSERVER" in said and self._program is None:
+            program = os.path.basename(own_program()[-1])
+            raise BootstrapError(_NOT_FOUND.format(host=host, program=program), SERVER_NOT_FOUND)
+        if "NOSERVER" in said or "FAIL" in said:
+            for kind, code, text in _OBSTACLES:
+                if kind in said:
+                    words = said[kind].groups()
+                    raise BootstrapError(text.format(*words, host=host), code)
         if status == 255:  # what ssh ends with when it was ssh that failed
             raise BootstrapError(f"ssh could not log in to {host}; its own words are above", status)
-        if status in (126, 127) and self._options.server:
+        if status in (126, 127) and self._options.server and "SERVER" in said:
             raise BootstrapError(f"{host} cannot run {self._options.server!r}: see --server", SERVER_NOT_FOUND)
+        if not said and status in (126, 127):
+            raise BootstrapError(_RESTRICTED.format(host=host), RESTRICTED_SHELL)
+        if not said:
+            raise BootstrapError(_OTHER_COMMAND.format(host=host), OTHER_COMMAND)
         raise BootstrapError(f"the login to {host} worked, but no server announced itself there", status or 1)
 
     # -- where to send
@@ -6592,6 +7072,8 @@ class Login:
 
     def close(self) -> None:
         """Let go of the processes; ssh has ended long ago unless something is wrong with it."""
+        self._end_progress()
+        self._close_stdin()
         for process in (self._process, self._lookup):
             if process is not None:
                 if process.poll() is None:
@@ -6614,7 +7096,8 @@ def fake_proxy(host: str, port: int, family: str) -> int:
             reason = f", last tried {candidate}: {error.strerror}"
     if connection is None:
         raise BootstrapError(f"Could not connect to {host}{reason}")
-    print(f"MOSH IP {connection.getpeername()[0]}", file=sys.stderr, flush=True)
+    token = os.environ.get("MOSH_TOKEN", "MOSH")
+    print(f"{token} IP {connection.getpeername()[0]}", file=sys.stderr, flush=True)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     waiter = Waiter()
     sources = {0, connection.fileno()}
@@ -6682,6 +7165,49 @@ def _prediction_mode(word: str, origin: str = "") -> PredictionMode:
         raise UsageError(f'Unknown mode "{word}"{origin}. One of: {words}') from None
 
 
+def _asks_for_version(words: Sequence[str]) -> bool:
+    """Print the version if one of the words before `--` asks for it, with -v all of it. Returns whether one did."""
+    own = words[: words.index("--")] if "--" in words else words
+    if "--version" in own:
+        print(_version_text("-v" in own or "--verbose" in own))
+    return "--version" in own
+
+
+def _version_text(verbose: bool) -> str:
+    """Return one line, or all that a report of a fault should say."""
+    if not verbose:
+        return _VERSION_TEXT
+    program = Program.own()
+    try:
+        cipher = choose_cipher(os.environ.get("MOSH_CRYPTO", ""))(bytes(KEY_BYTES)).name
+    except BootstrapError as error:
+        cipher = f"none: {error}"
+    return (
+        f"{_VERSION_TEXT}\n"
+        f"build:  {program.digest if program else 'unknown'}\n"
+        f"Python: {sys.version.split()[0]}, {sys.executable}\n"
+        f"crypto: {cipher}\n"
+        f"widths: {_width_table_name()}"
+    )
+
+
+def _width_table_name() -> str:
+    try:
+        import mosh_widths
+
+        return f"wcwidth {mosh_widths.VERSION}, Unicode {mosh_widths.UNICODE}, built in"
+    except ImportError:
+        pass
+    try:
+        import wcwidth
+
+        return f"wcwidth {wcwidth.__version__}, Unicode {wcwidth.list_versions()[-1]}"
+    except ImportError:
+        import unicodedata
+
+        return f"Python's own, Unicode {unicodedata.unidata_version}"
+
+
 # -- the wrapper
 
 
@@ -6722,11 +7248,13 @@ def _wrapper_parser() -> argparse.ArgumentParser:
     add("--no-init", dest="init", action="store_false", help="do not switch to the terminal's alternate screen")
     add("--local", action="store_true", help="run the server on this machine, without ssh; host is its address")
     add("--server", metavar="COMMAND", default="", help="the server to start there, a piece of shell text")
+    add("--push", dest="push", action="store_true", default=True, help=argparse.SUPPRESS)
+    add("--no-push", dest="push", action="store_false", help="do not bring the server along: look for one there")
     add("--client", metavar="PATH", default="", help="the client to run here instead of the built-in one")
     add("--experimental-remote-ip", dest="remote_ip", metavar="HOW", default="auto", help=" ".join(REMOTE_IP_MODES))
     add("--fake-proxy", dest="fake_proxy", action="store_true", help=argparse.SUPPRESS)
     add("-v", "--verbose", action="count", default=0, help="say which server was started")
-    add("--version", action="store_true", help="print the version and exit")
+    add("--version", action="store_true", help="print the version and exit; with -v also the build, crypto and widths")
     return parser
 
 
@@ -6773,7 +7301,7 @@ def _login_options(arguments: argparse.Namespace) -> LoginOptions:
     import shlex  # 4 ms
 
     options = LoginOptions()
-    for name in ("host", "command", "ssh_pty", "server", "bind_server", "local", "verbose"):
+    for name in ("host", "command", "ssh_pty", "server", "bind_server", "local", "verbose", "push"):
         setattr(options, name, getattr(arguments, name))
     if arguments.port:
         parse_ports(arguments.port)
@@ -6807,9 +7335,11 @@ def _client_options(predict: str | None, overwrite: bool | None, init: bool) -> 
 
 def wrapper_main(words: Sequence[str]) -> int:
     """Log in and run the client."""
+    if _asks_for_version(words):  # before argparse, which takes 5 ms
+        return 0
     arguments = _parse_wrapper(words)
     if arguments.version:
-        print(_VERSION_TEXT)
+        print(_version_text(arguments.verbose > 0))
         return 0
     if arguments.fake_proxy:
         if len(arguments.proxy_target) != 2:
@@ -6820,10 +7350,11 @@ def wrapper_main(words: Sequence[str]) -> int:
     login_options = _login_options(arguments)
     terminfo = Terminfo(os.environ.get("TERM", ""))
     RawTerminal(terminfo)  # it is better to learn now than after the login that this is no terminal
-    make_cipher = choose_cipher(os.environ.get("MOSH_CRYPTO", ""))
     login = Login(login_options, terminfo.colors)
     try:
-        key_text, port, candidates = login.run()
+        login.start()
+        make_cipher = choose_cipher(os.environ.get("MOSH_CRYPTO", ""))  # 7 to 90 ms, in which ssh is on its way
+        key_text, port, candidates = login.finish()
         if arguments.client:
             _exec_client(arguments.client, key_text, candidates[0], port, client_options)
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # ssh ends by itself and need not be waited for
@@ -6970,14 +7501,13 @@ def client_main(program: str, words: Sequence[str]) -> int:
 
 def _asks_for_text(words: Sequence[str], usage: str) -> bool:
     """Print help or version if one of the words before `--` asks for it. Returns whether one did."""
+    if _asks_for_version(words):
+        return True
     own = words[: words.index("--")] if "--" in words else words
-    if "--version" in own:
-        print(_VERSION_TEXT)
-    elif "--help" in own or "-h" in own:
+    if "--help" in own or "-h" in own:
         print(usage)
-    else:
-        return False
-    return True
+        return True
+    return False
 
 
 # -- all of them

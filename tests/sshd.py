@@ -46,7 +46,7 @@ ForceCommand cd; {login}
 """
 
 # A login to a home of its own: as sshd would do it, except that it starts in the folder that HOME names.
-_LOGIN = 'if [ -n "$SSH_ORIGINAL_COMMAND" ]; then exec "$SHELL" -c "$SSH_ORIGINAL_COMMAND"; else exec "$SHELL" -l; fi'
+LOGIN = 'if [ -n "$SSH_ORIGINAL_COMMAND" ]; then exec "$SHELL" -c "$SSH_ORIGINAL_COMMAND"; else exec "$SHELL" -l; fi'
 
 _CLIENT_CONFIG = """\
 Host {alias}
@@ -83,9 +83,12 @@ class Sshd:
 
 
 @contextmanager
-def running_sshd(directory: Path, environment: Mapping[str, str]) -> Iterator[Sshd]:
+def running_sshd(
+    directory: Path, environment: Mapping[str, str], *, login: str = LOGIN, extra_config: str = ""
+) -> Iterator[Sshd]:
     """An sshd for the length of a `with` block. `environment` is what each session gets on top of sshd's own.
 
+    login: shell text that is run for a session. extra_config: lines for sshd that come first, and so count.
     directory: a private directory without blanks in its path, which gets the keys, configurations and log.
     """
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -96,7 +99,7 @@ def running_sshd(directory: Path, environment: Mapping[str, str]) -> Iterator[Ss
             ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "throwaway", "-f", str(directory / name)],
             check=True, stdin=subprocess.DEVNULL, timeout=START_SECONDS,
         )
-    process, port = _start(directory, environment)
+    process, port = _start(directory, environment, login, extra_config)
     try:
         yield Sshd(port=port, pid=process.pid, config=_write_client_config(directory, port), log=directory / "log")
     finally:
@@ -105,7 +108,9 @@ def running_sshd(directory: Path, environment: Mapping[str, str]) -> Iterator[Ss
         process.wait(timeout=START_SECONDS)
 
 
-def _start(directory: Path, environment: Mapping[str, str]) -> tuple[subprocess.Popen[bytes], int]:
+def _start(
+    directory: Path, environment: Mapping[str, str], login: str, extra_config: str
+) -> tuple[subprocess.Popen[bytes], int]:
     """Start sshd in the foreground on a free port; returns once it accepts connections."""
     program = shutil.which("sshd", path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/usr/local/sbin")
     if program is None:
@@ -114,8 +119,8 @@ def _start(directory: Path, environment: Mapping[str, str]) -> tuple[subprocess.
         port = _free_port()
         config = directory / "sshd_config"
         config.write_text(
-            _SERVER_CONFIG.format(
-                port=port, host=LOOPBACK, directory=directory, login=_LOGIN,
+            extra_config + _SERVER_CONFIG.format(
+                port=port, host=LOOPBACK, directory=directory, login=login,
                 environment=" ".join(_quoted(f"{name}={value}") for name, value in environment.items()),
             ),
             encoding="utf-8",

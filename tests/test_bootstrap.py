@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 import shlex
 import shutil
 import socket
 import subprocess
 import sys
 import threading
+import zlib
+from ast import literal_eval
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import build_zipapp
 import mosh
 import peers
 from conftest import require
@@ -26,9 +32,15 @@ KEY = "AAECAwQFBgcICQoLDA0ODw"
 LIMIT_SECONDS = 20.0
 
 
+TOKEN = "mosh-0123456789abcdef0123456789abcdef"
+
+
 def test_a_starting_server_says_where_it_is() -> None:
-    announcement = mosh.Announcement()
-    for line in ("Welcome!", "MOSH SSH_CONNECTION 10.0.0.1 50000 10.0.0.9 22", f"MOSH CONNECT 60001 {KEY}"):
+    announcement = mosh.Announcement(TOKEN)
+    for line in (
+        "Welcome!", f"{TOKEN} ADDRESS 10.0.0.1 50000 10.0.0.9 22", f"{TOKEN} SERVER mosh-server",
+        f"MOSH CONNECT 60001 {KEY}",
+    ):
         announcement.take(line)
     assert (announcement.address, announcement.port, announcement.key) == ("10.0.0.9", 60001, KEY)
     assert announcement.complete
@@ -36,51 +48,67 @@ def test_a_starting_server_says_where_it_is() -> None:
 
 # -- lines -----------------------------------------------------------------------------------------------------
 
-FRESH = {"port": 0, "key": "", "address": "", "server": "", "not_found": False}
-OURS: list[tuple[str, dict[str, object]]] = [
-    (f"MOSH CONNECT 60001 {KEY}", {"port": 60001, "key": KEY}),
-    (f"MOSH CONNECT 1 {'/+' * 11}", {"port": 1, "key": "/+" * 11}),
-    ("MOSH SSH_CONNECTION fe80::1 50000 fe80::9 22", {"address": "fe80::9"}),
-    ("MOSH IP 10.0.0.9", {"address": "10.0.0.9"}),
-    ("MOSH IP ::1", {"address": "::1"}),
-    ("MOSH SERVER python3 /home/me/mosh.pyz", {"server": "python3 /home/me/mosh.pyz"}),
-    ("MOSH NOSERVER", {"not_found": True}),
+OURS = [
+    ("ADDRESS fe80::1 50000 fe80::9 22", ("fe80::9",)),
+    ("SERVER python3 /home/me/mosh.pyz", ("python3 /home/me/mosh.pyz",)),
+    ("OLD 3.6.8 /usr/bin/python3", ("3.6.8", "/usr/bin/python3")),
+    ("PARTIAL 3.11.2 /usr/bin/python3", ("3.11.2", "/usr/bin/python3")),
+    ("NOCIPHER python3", ("python3",)),
+    ("NEED 3.11.2", ("3.11.2",)),
+    ("GOT 8192", ("8192",)),
+    ("FAIL checksum", ("checksum",)),
+    ("NOSERVER", ()),
 ]
 
 
 @pytest.mark.parametrize("end", ["", "\r", " ", "\t \r", "\r\r"], ids=ascii)
+@pytest.mark.parametrize("before", ["", "\x1b]0;title", "unfinished "], ids=ascii)
 @pytest.mark.parametrize(("line", "expected"), OURS)
-def test_a_line_of_ours(line: str, expected: dict[str, object], end: str) -> None:
-    announcement = mosh.Announcement()
-    assert announcement.take(line + end)
-    assert {name: getattr(announcement, name) for name in FRESH} == {**FRESH, **expected}
+def test_a_line_of_ours(line: str, expected: tuple[str, ...], before: str, end: str) -> None:
+    announcement = mosh.Announcement(TOKEN)
+    assert announcement.take(f"{before}{TOKEN} {line}{end}")
+    assert {kind: match.groups() for kind, match in announcement.said.items()} == {line.split()[0]: expected}
 
 
-@pytest.mark.parametrize("line", [
-    "", "Welcome", "MOSH", "MOSHING", "mosh connect 60001 " + "A" * 22, " MOSH NOSERVER",
-    "MOSH NOSERVER today", "MOSH HYSTERIA", "Last login: MOSH IP 1.2.3.4",
-])  # fmt: skip
-def test_any_other_line_is_for_the_user(line: str) -> None:
-    announcement = mosh.Announcement()
+@pytest.mark.parametrize(("number", "key"), [(1, "/+" * 11), (60001, KEY), (65535, KEY)])
+def test_the_line_of_a_server_that_was_started(number: int, key: str) -> None:
+    announcement = mosh.Announcement(TOKEN)
+    announcement.take(f"{TOKEN} SERVER mosh-server")
+    assert announcement.take(f"MOSH CONNECT {number} {key}\r")
+    assert (announcement.port, announcement.key) == (number, key)
+
+
+NOISE = [
+    "", "Welcome", "MOSH", "MOSHING", "MOSH NOSERVER", "MOSH SSH_CONNECTION a b c d", "MOSH IP 6.6.6.6",
+    f"MOSH CONNECT 60001 {KEY}", "Last login: NOSERVER", TOKEN, f"{TOKEN}0 NOSERVER", f"{TOKEN[:-1]}0 NOSERVER",
+    f"{TOKEN}\tNOSERVER", f"{TOKEN.upper()} NOSERVER", "mosh- NOSERVER", " NOSERVER",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("line", NOISE)
+def test_a_line_without_the_token_is_for_the_user(line: str) -> None:
+    announcement = mosh.Announcement(TOKEN)
     assert not announcement.take(line)
-    assert {name: getattr(announcement, name) for name in FRESH} == FRESH
+    assert not announcement.said and not announcement.complete and not announcement.address
 
 
 MALFORMED = [
-    "MOSH IP a b", "MOSH SSH_CONNECTION a b c", "MOSH SSH_CONNECTION a b c d e", f"MOSH CONNECT 0 {KEY}",
-    f"MOSH CONNECT {KEY}", f"MOSH CONNECT 60001{KEY}",
+    f"MOSH CONNECT 0 {KEY}", f"MOSH CONNECT {KEY}", f"MOSH CONNECT 60001{KEY}",
     f"MOSH CONNECT -1 {KEY}", f"MOSH CONNECT 0x10 {KEY}", f"MOSH CONNECT 123456789 {KEY}",
     f"MOSH CONNECT 65536 {KEY}", f"MOSH CONNECT 99999 {KEY}",
     f"MOSH CONNECT 60001 {KEY}A", f"MOSH CONNECT 60001 {KEY[:-1]}", f"MOSH CONNECT 60001 {KEY}==",
     f"MOSH CONNECT 60001 {KEY} extra", f"MOSH CONNECT  60001 {KEY}", f"MOSH CONNECT 60001  {KEY}",
     f"MOSH CONNECT ٦٠٠٠١ {KEY}", f"MOSH CONNECT 60001 {KEY[:-1]}é", f"MOSH CONNECT 60001 {KEY[:-1]}-",
     f"MOSH CONNECT 60001 {KEY}\x1b[0m",
+    f"{TOKEN} ADDRESS a b c", f"{TOKEN} ADDRESS a b c d e", f"{TOKEN} GOT many", f"{TOKEN} GOT ٦", f"{TOKEN} ?",
+    f"{TOKEN} NOSERVER today", f"{TOKEN} HYSTERIA", f"{TOKEN} FAIL else", f"{TOKEN} OLD 3", f"{TOKEN}  NOSERVER",
 ]
 
 
 @pytest.mark.parametrize("line", MALFORMED, ids=ascii)
 def test_a_malformed_line_is_refused_without_showing_the_key(line: str) -> None:
-    announcement = mosh.Announcement()
+    announcement = mosh.Announcement(TOKEN)
+    announcement.take(f"{TOKEN} SERVER mosh-server")
     with pytest.raises(mosh.BootstrapError) as error:
         announcement.take(line)
     assert KEY[:12] not in str(error.value)
@@ -94,37 +122,48 @@ def test_a_key_in_a_line_that_is_not_quite_ours_is_not_shown(
     line: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(mosh.BootstrapError) as error:
-        _run_login(f"{LOOKUP}printf '{line}\\n'", tmp_path)
+        _run_login(f"{LOOKUP}{STARTS}printf '{line}\\n'", tmp_path)
     assert KEY[:12] not in str(error.value) + "".join(capfd.readouterr())
 
 
 def test_an_address_cannot_be_redefined() -> None:
-    announcement = mosh.Announcement()
-    announcement.take("MOSH IP 10.0.0.9")
+    announcement = mosh.Announcement(TOKEN)
+    assert announcement.take_from_proxy(f"{TOKEN} IP 10.0.0.9")
     with pytest.raises(mosh.BootstrapError, match="redefine"):
-        announcement.take("MOSH IP 10.6.6.6")
+        announcement.take_from_proxy(f"{TOKEN} IP 10.6.6.6")
 
 
 def test_the_address_of_the_connection_does_not_replace_a_better_one() -> None:
-    announcement = mosh.Announcement()
-    announcement.take("MOSH IP 10.0.0.9")
-    announcement.take("MOSH SSH_CONNECTION 10.0.0.1 50000 192.168.0.9 22")
+    announcement = mosh.Announcement(TOKEN)
+    announcement.take_from_proxy(f"{TOKEN} IP 10.0.0.9")
+    announcement.take(f"{TOKEN} ADDRESS 10.0.0.1 50000 192.168.0.9 22")
     assert announcement.address == "10.0.0.9"
+
+
+def test_what_comes_by_another_way_than_the_proxys_is_no_address() -> None:
+    announcement = mosh.Announcement(TOKEN)
+    for line in ("MOSH IP 10.6.6.6", f"{TOKEN} SERVER x", f"{TOKEN} NOSERVER", "IP 10.6.6.6"):
+        assert not announcement.take_from_proxy(line)
+    assert announcement.address == "" and not announcement.said
 
 
 @settings(max_examples=300)
 @given(st.text(max_size=60) | st.builds(
-    "MOSH {}{}{}".format, st.sampled_from(["CONNECT ", "IP ", "SERVER ", "SSH_CONNECTION "]),
+    "{}{}{}{}".format, st.sampled_from(["", "MOSH ", TOKEN + " "]),
+    st.sampled_from(["CONNECT ", "IP ", "SERVER ", "ADDRESS ", "GOT ", "OLD "]),
     st.sampled_from(["", "1 ", f"60001 {KEY}", "a b c d"]), st.text(max_size=40),
-))  # fmt: skip
-def test_any_line_is_ours_or_not_or_refused(line: str) -> None:
-    announcement = mosh.Announcement()
+), st.booleans())  # fmt: skip
+def test_any_line_is_ours_or_not_or_refused(line: str, started: bool) -> None:
+    announcement = mosh.Announcement(TOKEN)
+    if started:
+        announcement.take(f"{TOKEN} SERVER mosh-server")
     try:
         announcement.take(line)
     except mosh.BootstrapError as error:
-        assert line.startswith("MOSH ") and KEY not in str(error)
+        assert (TOKEN in line or line.startswith("MOSH")) and KEY not in str(error)
     else:
         assert announcement.complete == (announcement.port > 0)
+        assert not announcement.complete or "SERVER" in announcement.said
 
 
 # -- words through shells --------------------------------------------------------------------------------------
@@ -136,7 +175,7 @@ WORDS = [
     "-n", "--", "=", "a=b", "é漢😀", "\t", "%s%n", "\x1b[31m", "\\n", "${IFS}", "$'x'", "@", "x" * 5_000,
 ]
 SHOW = [sys.executable, "-c", "import json, os, sys; print(json.dumps([os.fsencode(w).hex() for w in sys.argv[1:]]))"]
-SHELLS = ["sh", "bash", "dash", "zsh", "ksh", "mksh", "fish", "tcsh"]
+SHELLS = ["bash", "dash", "zsh", "fish", "tcsh", "csh", "ksh", "mksh"]
 
 
 def _through(shell: str, command: str, environ: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
@@ -161,7 +200,7 @@ def test_quoted_words_arrive_as_they_are(shell: str) -> None:
 
 @pytest.mark.parametrize("shell", SHELLS)
 def test_a_newline_in_a_word_arrives(shell: str) -> None:
-    if shell == "tcsh":
+    if shell in ("tcsh", "csh"):
         pytest.skip("C shells cannot take a newline inside quotes")
     finished = _through(shell, " ".join(map(mosh.shell_quote, [*SHOW, "a\nb", "\n"])))
     assert _arguments(finished.stdout) == ["a\nb", "\n"]
@@ -190,16 +229,17 @@ CONNECTION = {"SSH_CONNECTION": "10.0.0.1 50000 10.0.0.9 22"}
 def test_a_server_named_by_the_user_gets_its_words_in_any_login_shell(shell: str) -> None:
     options = _login(WORDS, server=" ".join(map(shlex.quote, SHOW)))
     arguments = mosh.server_arguments(options, 256, {})
-    finished = _through(shell, mosh.remote_command(options, arguments), CONNECTION)
+    finished = _through(shell, mosh.remote_command(options, arguments, TOKEN, None), CONNECTION)
     assert _arguments(finished.stdout) == ["new", "-c", "256", "-s", "--", *WORDS]
-    assert "MOSH SSH_CONNECTION 10.0.0.1 50000 10.0.0.9 22" in finished.stdout.splitlines()
+    assert f"{TOKEN} ADDRESS 10.0.0.1 50000 10.0.0.9 22" in finished.stdout.splitlines()
+    assert f"{TOKEN} SERVER as told" in finished.stdout.splitlines()
 
 
 @pytest.mark.parametrize("shell", SHELLS)
 def test_the_users_server_is_shell_text(shell: str) -> None:
     code = "import os; print(os.environ['GREETING'])"
     text = "env GREETING=hello " + " ".join(map(shlex.quote, [sys.executable, "-c", code]))
-    finished = _through(shell, mosh.remote_command(_login(server=text), ["new"]), CONNECTION)
+    finished = _through(shell, mosh.remote_command(_login(server=text), ["new"], TOKEN, None), CONNECTION)
     assert finished.stdout.splitlines()[-1] == "hello"
 
 
@@ -216,7 +256,7 @@ def far_path(tmp_path: Path) -> Path:
 def _search(shell: str, far_path: Path, home: Path, words: Sequence[str]) -> list[str]:
     """What the search for a server prints on a far host with that home and those programs."""
     environ = {"PATH": str(far_path), "HOME": str(home), **CONNECTION}
-    return _through(shell, mosh.remote_command(_login(), words), environ).stdout.splitlines()
+    return _through(shell, mosh.remote_command(_login(), words, TOKEN, None), environ).stdout.splitlines()
 
 
 def _install(path: Path, text: str) -> None:
@@ -237,14 +277,14 @@ NEEDS_NOTHING_ELSEWHERE = pytest.mark.skipif(
 @pytest.mark.parametrize("shell", SHELLS)
 def test_a_search_that_finds_nothing_says_so(shell: str, far_path: Path, home: Path) -> None:
     said = _search(shell, far_path, home, ["new"])
-    assert said[-1] == "MOSH NOSERVER" and "MOSH SSH_CONNECTION 10.0.0.1 50000 10.0.0.9 22" in said
+    assert said[-1] == f"{TOKEN} NOSERVER" and f"{TOKEN} ADDRESS 10.0.0.1 50000 10.0.0.9 22" in said
 
 
 @pytest.mark.parametrize("shell", SHELLS)
 def test_a_search_finds_a_stock_server(shell: str, far_path: Path, home: Path) -> None:
     _install(far_path / "mosh-server", SHOWING)
     *_, said, shown = _search(shell, far_path, home, ["new", "--", *WORDS])
-    assert said == f"MOSH SERVER {far_path / 'mosh-server'}"
+    assert said == f"{TOKEN} SERVER {far_path / 'mosh-server'}"
     assert _arguments(shown) == ["new", "--", *WORDS]
 
 
@@ -254,7 +294,7 @@ def test_a_search_prefers_our_own(place: str, far_path: Path, home: Path) -> Non
     _install(far_path / "python3", f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
     _install(home / place, SHOW[2])
     *_, said, shown = _search("sh", far_path, home, ["new", *WORDS])
-    assert said == f"MOSH SERVER python3 {home / place}"
+    assert said == f"{TOKEN} SERVER python3 {home / place}"
     assert _arguments(shown) == ["server", "new", *WORDS]
 
 
@@ -262,7 +302,91 @@ def test_an_old_python_leaves_it_to_the_stock_server(far_path: Path, home: Path)
     _install(far_path / "mosh-server", SHOWING)
     _install(far_path / "python3", "#!/bin/sh\nexit 1\n")
     _install(home / "mosh.pyz", "")
-    assert f"MOSH SERVER {far_path / 'mosh-server'}" in _search("sh", far_path, home, ["new"])
+    assert f"{TOKEN} SERVER {far_path / 'mosh-server'}" in _search("sh", far_path, home, ["new"])
+
+
+# -- the stager ------------------------------------------------------------------------------------------------
+
+
+SHOW_ARGUMENTS = mosh.Program(b"import sys\ndef main():\n    print(ascii(sys.argv[1:]))\n", b"")
+
+
+def _stage(
+    shell: str, far_path: Path, home: Path, sent: bytes = b"", program: mosh.Program = SHOW_ARGUMENTS,
+    words: Sequence[str] = ("new", "--", *WORDS),
+) -> subprocess.CompletedProcess[bytes]:
+    """What a login shell and the stager make of a login; `sent` is what comes on stdin."""
+    command = mosh.remote_command(_login(), words, TOKEN, program)
+    return subprocess.run(
+        [require(shell), "-c", command], input=sent or _sent(program), capture_output=True, timeout=LIMIT_SECONDS,
+        env={"PATH": str(far_path), "HOME": str(home), "XDG_CACHE_HOME": str(home), "LC_ALL": "C.UTF-8", **CONNECTION},
+    )  # fmt: skip
+
+
+def _sent(program: mosh.Program) -> bytes:
+    packed = program.packed()
+    return b"\n" * 16 + f"{TOKEN} {len(packed)}\n".encode() + packed
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_the_stager_passes_every_login_shell(shell: str, far_path: Path, home: Path) -> None:
+    _install(far_path / "python3", f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
+    for needs in (True, False):
+        finished = _stage(shell, far_path, home)
+        assert (finished.returncode, finished.stderr) == (0, b"")
+        *marked, said = filter(None, finished.stdout.decode().split("\n"))
+        assert literal_eval(said) == ["server", "new", "--", *WORDS]
+        assert [line.split()[1] for line in marked] == ["ADDRESS", *(["NEED"] if needs else []), "SERVER"]
+
+
+@pytest.mark.parametrize("python", build_zipapp.choose_interpreters(None, ">=3.9"), ids=str)
+def test_any_python_compiles_keeps_and_runs_the_program(
+    python: build_zipapp.Interpreter, far_path: Path, home: Path
+) -> None:
+    own = mosh.Program.own()
+    assert own is not None
+    _install(far_path / "python3", f'#!/bin/sh\nexec {shlex.quote(python.path)} "$@"\n')
+    for needs in (True, False):
+        finished = _stage("sh", far_path, home, program=own, words=["--version"])
+        assert (finished.returncode, finished.stderr) == (0, b"")
+        assert f"mosh.py {mosh.__version__}".encode() in finished.stdout
+        assert (b"NEED" in finished.stdout) == needs
+    (entry,) = (home / "mosh.py").iterdir()
+    assert entry.name == f"mosh-{own.digest[:32]}-{python.magic}.pyc"
+
+
+def test_the_command_line_is_plain_and_short() -> None:
+    command = mosh.remote_command(_login(), ["new"], TOKEN, mosh.Program(b"", b""))
+    assert not set(command) & set("\\!\n") and command.isascii()
+    assert max(map(len, command.split())) <= 500 and len(command) < 8_000
+
+
+def test_what_the_stager_reads_from_stdin_is_bounded_by_what_was_announced(far_path: Path, home: Path) -> None:
+    _install(far_path / "python3", f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
+    program = mosh.Program(b"x = 1\n", b"")
+    for sent in (b"\n", b"junk\n" * 9, f"{TOKEN} 99\nshort".encode(), _sent(program)[:-1], _sent(program)):
+        finished = _stage("sh", far_path, home, sent)
+        assert finished.returncode == mosh.BAD_CHECKSUM
+        assert re.search(rb"mosh-\w{32} FAIL (cut|checksum)\n$", finished.stdout)
+    assert not list(home.iterdir())
+
+
+@pytest.mark.parametrize("size", [0, 1, 8191, 100_000])
+def test_a_program_travels_whole(size: int) -> None:
+    program = mosh.Program(b"#" * size, b"WIDTHS")
+    assert zlib.decompress(program.packed()) == b"%d\n" % size + b"#" * size + b"WIDTHS"
+    assert program.digest == hashlib.sha256(zlib.decompress(program.packed())).hexdigest()
+
+
+def test_what_is_sent_is_what_runs_here() -> None:
+    own = mosh.Program.own()
+    assert own is not None
+    source = Path(mosh.__file__).read_bytes()
+    assert zlib.decompress(own.packed()).startswith(b"%d\n" % len(source) + source)
+    table: dict[str, Any] = {}
+    exec(zlib.decompress(own.packed()).partition(b"\n")[2][len(source) :], table)  # noqa: S102  (our own text)
+    runs = list(zip(table["STARTS"], [width - 1 for width in table["WIDTHS"]]))
+    assert runs == build_zipapp.width_runs(), "the far side would not go by the same widths"
 
 
 # -- the server's arguments ------------------------------------------------------------------------------------
@@ -273,7 +397,7 @@ STOCK_EXAMPLE = r"mosh-server 'new' '-c' '256' '-s' '-p' '60010:60020' '-l' 'LC_
 def test_the_command_line_is_that_of_a_stock_wrapper() -> None:
     options = _login(["ls", "a b", "it's"], server="mosh-server", ports="60010:60020")
     arguments = mosh.server_arguments(options, 256, {"LC_ALL": "C.UTF-8", "HOME": "/"})
-    assert mosh.remote_command(options, arguments).endswith(" ; " + STOCK_EXAMPLE)
+    assert mosh.remote_command(options, arguments, TOKEN, None).endswith(" ; " + STOCK_EXAMPLE)
 
 
 ARGUMENTS: list[tuple[dict[str, object], int, list[str]]] = [
@@ -390,15 +514,18 @@ def _run_login(script: str, tmp_path: Path, **changes: object) -> tuple[str, int
     """Log in through a script in the place of ssh."""
     ssh = tmp_path / "ssh"
     _install(ssh, "#!/bin/sh\n" + script)
-    login = mosh.Login(_login(host="there", ssh=[str(ssh)], server="srv", **changes), 256)  # type: ignore[arg-type]
+    login = mosh.Login(_login(**{"host": "there", "ssh": [str(ssh)], "server": "srv", **changes}), 256)  # type: ignore[arg-type]
     try:
-        return login.run()
+        login.start()
+        return login.finish()
     finally:
         login.close()
 
 
+# A script in the place of ssh has the token in its environment, for our ProxyCommand; no host has.
+STARTS = 't=$MOSH_TOKEN; echo "$t SERVER srv"\n'
 LOOKUP = f'[ "$1" = -G ] && {{ echo "user me"; echo "hostname {LOOPBACK}"; exit; }}\n'
-SAYS_IT = f"printf 'MOSH CONNECT 60001 {KEY}\\r\\n'"
+SAYS_IT = f"{STARTS}printf 'MOSH CONNECT 60001 {KEY}\\r\\n'"
 
 
 def test_a_login_gives_key_port_and_address(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -415,24 +542,30 @@ def test_what_ssh_says_is_shown(tmp_path: Path, capfd: pytest.CaptureFixture[str
 
 def test_the_word_of_the_proxy_counts_even_if_it_is_read_late(tmp_path: Path) -> None:
     """It comes first, but by another pipe than the server's words: a slow reader may find both at once."""
-    said = f"echo 'MOSH IP {LOOPBACK}' >&2; echo 'MOSH SSH_CONNECTION a 1 10.0.0.9 22'; {SAYS_IT}"
+    said = f'{STARTS}echo "$MOSH_TOKEN IP {LOOPBACK}" >&2; echo "$t ADDRESS a 1 10.0.0.9 22"; {SAYS_IT}'
     assert str(_run_login(said, tmp_path, remote_ip="proxy")[2][0]) == LOOPBACK
 
 
 def test_the_servers_own_word_on_its_address_comes_first(tmp_path: Path) -> None:
-    said = "echo 'MOSH SSH_CONNECTION 10.0.0.1 50000 10.0.0.9 22'\n"
+    said = STARTS + 'echo "$t ADDRESS 10.0.0.1 50000 10.0.0.9 22"\n'
     candidates = _run_login(LOOKUP + said + SAYS_IT, tmp_path)[2]
     assert [candidate.sockaddr for candidate in candidates] == [("10.0.0.9", 60001), (LOOPBACK, 60001)]
 
 
 FAILURES: list[tuple[str, int, str]] = [
     ("exit 255", 255, "ssh could not log in to there"),
-    ("exit 127", 127, "cannot run 'srv'"),
-    ("exit 3", 3, "no server announced itself"),
-    ("exit 0", 1, "no server announced itself"),
-    ("echo MOSH NOSERVER; exit 127", 127, "no server found on there"),
-    (f"echo 'MOSH CONNECT 60001 {KEY}x'", 1, "malformed"),
-    ("head -c 9000000 /dev/zero", 1, "no server announced itself"),
+    ("exit 0", mosh.OTHER_COMMAND, "did not run what mosh asked for"),
+    (f"echo 'MOSH CONNECT 60001 {KEY}'", mosh.OTHER_COMMAND, "did not run what mosh asked for"),
+    ("exit 127", mosh.RESTRICTED_SHELL, "restricted"),
+    (STARTS + "exit 127", 127, "cannot run 'srv'"),
+    (STARTS + "exit 3", 3, "no server announced itself"),
+    (STARTS + "exit 0", 1, "no server announced itself"),
+    (f"{STARTS}echo 'MOSH CONNECT 60001 {KEY}x'", 1, "malformed"),
+    (STARTS + 'echo "$t NOSERVER"; exit 127', 127, "no server found on there"),
+    ("head -c 9000000 /dev/zero", mosh.OTHER_COMMAND, "prints without end"),
+    ("yes", mosh.OTHER_COMMAND, "prints without end"),
+    ("read line; exec sleep 20", mosh.SILENT_HOST, "nothing for 1 s"),
+    ("cat >/dev/null; exec sleep 20", mosh.SILENT_HOST, "nothing for 1 s"),
 ]
 
 
@@ -441,7 +574,7 @@ def test_a_login_that_fails_is_explained(
     script: str, status: int, named: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(mosh.BootstrapError, match=named) as error:
-        _run_login(LOOKUP + script, tmp_path)
+        _run_login(LOOKUP + script, tmp_path, silence_limit_ms=1_000)
     assert error.value.status == status
     assert KEY not in str(error.value) + "".join(capfd.readouterr())
 
@@ -449,16 +582,45 @@ def test_a_login_that_fails_is_explained(
 def test_an_ssh_that_does_not_exist_is_named(tmp_path: Path) -> None:
     login = mosh.Login(_login(host="there", ssh=[str(tmp_path / "no-ssh")]), 256)
     with pytest.raises(mosh.BootstrapError, match="no-ssh"):
-        login.run()
+        login.start()
     login.close()
 
 
 @pytest.mark.parametrize("address", ["a\\000b", "a..b", "\\377", "999.9.9.9", "-"])
 def test_a_hostile_address_leaves_the_one_that_ssh_knows(address: str, tmp_path: Path) -> None:
-    candidates = _run_login(f"{LOOKUP}printf 'MOSH IP {address}\\n'\n{SAYS_IT}", tmp_path)[2]
+    said = f"{LOOKUP}{STARTS}printf \"$t ADDRESS a 1 {address} 22\\n\"\n{SAYS_IT}"
+    candidates = _run_login(said, tmp_path)[2]
     assert [str(candidate) for candidate in candidates] == [LOOPBACK]
 
 
 def test_lines_in_any_encoding_pass(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert _run_login(LOOKUP + "printf '\\377\\376 \\303\\251\\n'\n" + SAYS_IT, tmp_path)[0] == KEY
     assert "é" in capfd.readouterr().err
+
+
+# -- a slow transfer -------------------------------------------------------------------------------------------
+
+SLOW = """t=$MOSH_TOKEN; head -c 16 >/dev/null; echo "$t NEED 3.11.2"; head -c 20000 >/dev/null; echo "$t GOT 20000"
+sleep 1; echo banner; cat >/dev/null & echo "$t SERVER srv"
+"""
+
+
+def test_a_transfer_that_takes_long_shows_how_far_it_is(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for terminal in (True, False):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda terminal=terminal: terminal)
+        assert _run_login(LOOKUP + SLOW + SAYS_IT, tmp_path, server="")[0] == KEY
+        shown = capfd.readouterr().err
+        assert bool(re.search(r"sending \d+ KB to there, once: \d+ %", shown)) == terminal
+        assert "banner\n" in shown and ("\x1b" in shown) == terminal
+        assert not terminal or shown.endswith("\r\x1b[Kbanner\n"), "the progress was not taken away"
+
+
+def test_a_quick_transfer_shows_nothing(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr(mosh, "PROGRESS_AFTER_MS", 60_000)
+    _run_login(LOOKUP + SLOW + SAYS_IT, tmp_path, server="")
+    assert capfd.readouterr().err == "banner\n"

@@ -129,6 +129,44 @@ def test_it_runs_read_only_from_an_odd_path_and_through_a_link(stand_in: Path, t
         folder.chmod(0o755)
 
 
+@pytest.mark.parametrize(("name", "words", "said"), [
+    ("mosh", ["--version"], "mosh.py"), ("mosh-server", ["--help"], "usage: mosh-server new"),
+    ("mosh-client", ["--help"], "usage: mosh-client IP PORT"), ("any name", ["server", "--help"], "mosh-server new"),
+])
+def test_its_name_says_which_program_it_is(
+        real_pyz: Path, tmp_path: Path, name: str, words: list[str], said: str) -> None:
+    folder = tmp_path / "mit Leerzeichen und ünïcode 你好"
+    folder.mkdir()
+    link = folder / name
+    link.symlink_to(real_pyz)
+    result = run([sys.executable, link, *words])
+    assert (result.returncode, result.stderr) == (0, "")
+    assert said in result.stdout
+
+
+def test_it_can_be_replaced_while_it_runs(tmp_path: Path) -> None:
+    """A session may last for months; what it loads late must not come from a file that is another one by then."""
+    (tmp_path / "mosh.py").write_text(STAND_IN.partition("import sys\n")[0] + (
+        "import sys\n\n\ndef main():\n    open(sys.argv[0], 'wb').close()\n"
+        "    import mosh_widths\n    print(len(mosh_widths.STARTS))\n    return 0\n"))
+    assert build_zipapp.main(["--source", str(tmp_path), "--source-only"]) == 0
+    result = run([sys.executable, "-I", tmp_path / "mosh.pyz"])
+    assert (result.returncode, result.stderr) == (0, "")
+    assert int(result.stdout) == len(build_zipapp.width_runs())
+    assert (tmp_path / "mosh.pyz").stat().st_size == 0
+
+
+def test_verbose_version_names_the_build_and_what_it_works_with(real_pyz: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy.pyz"
+    shutil.copy(real_pyz, copy)
+    said = [run([sys.executable, "-IS", path, "--version", "-v"]).stdout for path in (real_pyz, copy)]
+    assert said[0] == said[1]
+    lines = dict(line.split(":", 1) for line in said[0].splitlines()[1:])
+    assert re.fullmatch(r" +[0-9a-f]{64}", lines["build"])
+    assert f"wcwidth {wcwidth.__version__}" in lines["widths"]
+    assert lines["crypto"].strip() in ("libcrypto", "cryptography")
+
+
 def test_it_runs_from_a_descriptor(stand_in: Path) -> None:
     if not Path("/dev/fd").exists():
         pytest.skip("this system has no /dev/fd")

@@ -45,6 +45,20 @@ def test_version_says_what_it_is_and_whom_it_talks_to(run: Run) -> None:
     assert mosh.__version__ in finished.stdout and "1.4.0" in finished.stdout
 
 
+@pytest.mark.parametrize("words", [["--version", "-v"], ["-v", "-version"], ["server", "-v", "--version"]])
+def test_verbose_version_says_all_that_a_report_needs(run: Run, words: list[str]) -> None:
+    finished = run(*words)
+    assert (finished.returncode, finished.stderr) == (0, "")
+    first, *lines = finished.stdout.splitlines()
+    told = dict(line.split(":", 1) for line in lines)
+    own = mosh.Program.own()
+    assert own is not None and mosh.__version__ in first
+    assert told["build"].strip() == own.digest
+    assert told["Python"].split(",")[0].strip() == sys.version.split()[0]
+    assert told["crypto"].strip() in ("cryptography", "libcrypto")
+    assert "Unicode" in told["widths"]
+
+
 # -- the wrapper: mistakes -------------------------------------------------------------------------------------
 
 MISTAKES = [
@@ -290,14 +304,15 @@ def test_help_lists_every_option_that_users_need(run: Run, option: str) -> None:
 
 def test_the_whole_program_gives_ssh_the_words_asked_for(home: Path, tmp_path: Path) -> None:
     ssh, seen = tmp_path / "ssh", tmp_path / "seen"
-    ssh.write_text(f'#!/bin/sh\n[ "$1" = -G ] && exit\nfor word; do printf "%s\\0" "$word"; done > {seen}\nexit 77\n')
+    lookup = 'case "$*" in *" -G "*) exit;; esac'
+    ssh.write_text(f'#!/bin/sh\n{lookup}\nfor word; do printf "%s\\0" "$word"; done > {seen}\nexit 77\n')
     ssh.chmod(0o755)
     words = ["-p60010:60020", f"--ssh={ssh} -F none", "--server=srv", "-4", "me@there", "--", "ls", "a b", "it's"]
     with on_a_terminal([*ours_command(), *words], {**session_env(home), "TERM": "xterm-256color"}) as program:
         status = program.wait()
     assert status == 77, program.output
     *options, host, dashes, command = seen.read_bytes().decode().split("\0")[:-1]
-    assert (options, host, dashes) == (["-F", "none", "-n", "-4"], "me@there", "--")
+    assert (options, host, dashes) == (["-F", "none", "-T", "-4"], "me@there", "--")
     stock = r"'new' '-c' '256' '-s' '-p' '60010:60020' '-l' 'LANG=C.UTF-8' '--' 'ls' 'a b' 'it'\''s'"
     assert command.endswith("; srv " + stock)
     assert b"Traceback" not in program.output

@@ -272,11 +272,13 @@ def test_typing_over_any_screen_of_any_size(keys: list[bytes], output: bytes, wi
 
 @fuzz
 @given(st.binary() | st.builds(
-    "MOSH {} {} {}".format, st.sampled_from(["CONNECT", "IP", "SSH_CONNECTION", "SERVER", "NOSERVER"]),
+    "{} {} {} {}".format, st.sampled_from(["MOSH", "mosh-0"]),
+    st.sampled_from(["CONNECT", "ADDRESS", "SERVER", "NOSERVER", "NEED", "GOT", "OLD"]),
     st.integers(0, 99_999) | st.text(max_size=9), st.text(max_size=30),
 ).map(lambda line: line.encode("utf-8", "replace")))  # fmt: skip
 def test_any_line_of_a_starting_server(line: bytes) -> None:
-    announcement = mosh.Announcement()
+    announcement = mosh.Announcement("mosh-0")
+    announcement.take("mosh-0 SERVER mosh-server")
     with contextlib.suppress(mosh.BootstrapError):
         assert announcement.take(line.decode("utf-8", "replace")) in (True, False)
 
