@@ -965,9 +965,11 @@ class FragmentAssembly:
 #   first datagram heard again ends it: what the peer lacks is sent at once, see above.
 
 COLLECT_MS = {"server": 7, "client": 1}  # changes are gathered this long; stock's 8, less what Python takes to send
+QUIET_MS = 2  # and a few bytes, such as an echo, until so long no more of them have come
 ACK_INTERVAL_MS = 3_000  # an idle peer still hears from us this often, which keeps NAT mappings open
 ACK_DELAY_MS = 100  # an ack waits this long for data to ride on; also slack on top of the RTO
 BACKOFF = 4  # while nothing is acknowledged, the interval grows to this part of the wait, ACK_INTERVAL_MS at most
+assert COLLECT_MS["client"] <= QUIET_MS < COLLECT_MS["server"]
 assert max(COLLECT_MS.values()) < ACK_DELAY_MS < ACK_INTERVAL_MS
 
 LOSSY_COUNT = 4  # so many of LOSS_WINDOW datagrams lost make a path lossy, and then
@@ -1041,6 +1043,8 @@ class Sender(Generic[Local]):
         self._round_trip = round_trip
         self._loss = loss
         self._changed_at: int | None = None  # when `current` first differed from the last state sent
+        self._fresh_bytes = 0  # of what made it differ, as far as that is known
+        self._fresh_at = now  # when the newest of them came
         self._unacked_since: int | None = None  # when a change was first sent that no ack has answered in any part
         self._resend_now = False  # the peer has been heard, and lacks what it should have by now
         self._last_diff_bytes = 0
@@ -1066,7 +1070,7 @@ class Sender(Generic[Local]):
         if self.current != last.state:
             if self._changed_at is None:
                 self._changed_at = now
-            self._next_send_at = max(self._changed_at + self._collect_ms, self._debt_at + self._pacing_ms(now))
+            self._next_send_at = max(self._collected_at(self._changed_at), self._debt_at + self._pacing_ms(now))
         elif self.current != self.sent[0].state:
             self._changed_at = None
             self._next_send_at = last.at + self._resend_ms(now)
@@ -1076,6 +1080,12 @@ class Sender(Generic[Local]):
             self._next_send_at = min(self._next_send_at, now)
         if self.shutdown_at is not None or self.ack_num == LAST_STATE_NUM:
             self._next_ack_at = last.at + self._round_trip.frame_interval_ms
+
+    def _collected_at(self, changed_at: int) -> int:
+        """Return when what belongs together has been gathered: a few bytes as soon as no more follow."""
+        collected_at = changed_at + self._collect_ms
+        few = 0 < self._fresh_bytes <= SMALL_DIFF_BYTES
+        return min(collected_at, self._fresh_at + QUIET_MS) if few else collected_at
 
     @property
     def patience_ms(self) -> int:
@@ -1134,6 +1144,15 @@ class Sender(Generic[Local]):
         """Return when instruction_to_send next wants to be asked, as of the last update_timers."""
         return self._next_ack_at if self._next_send_at is None else min(self._next_ack_at, self._next_send_at)
 
+    # -- local state
+
+    def set_current(self, state: Local, fresh_bytes: int, now: int) -> None:
+        """Replace `current`; see Transport."""
+        self.current = state
+        if fresh_bytes:
+            self._fresh_bytes += fresh_bytes
+            self._fresh_at = now
+
     # -- instructions out
 
     def instruction_to_send(self, now: int, room_bytes: int | None = None) -> Instruction | None:
@@ -1179,6 +1198,8 @@ class Sender(Generic[Local]):
             self.sent.append(NumberedState(num, now, state))
             if len(self.sent) > SENT_LIMIT:
                 del self.sent[-SENT_DROP]
+        if state is self.current:
+            self._fresh_bytes = 0
         if num == LAST_STATE_NUM:
             self.shutdown_tries += 1
         if diff and self._unacked_since is None:
@@ -1390,10 +1411,13 @@ class Transport(Generic[Local, Remote]):
 
     # -- local and remote state
 
-    def set_current(self, state: Local, now: int) -> None:
-        """Publish `state`; refused silently once this end is closing, since its last state is already out."""
+    def set_current(self, state: Local, now: int, *, fresh_bytes: int = 0) -> None:
+        """Publish `state`, made by `fresh_bytes` of input, if that is known.
+
+        Refused silently once this end is closing, since its last state is already out.
+        """
         if self.sender.shutdown_at is None:
-            self.sender.current = state
+            self.sender.set_current(state, fresh_bytes, now)
             self.sender.update_timers(now)
 
     def hurry(self, now: int) -> None:
@@ -4431,6 +4455,7 @@ class ServerCore:
         self._user_num = 0
         self._user_length = 0
         self._changed = False  # the screen may differ from the one last published
+        self._fresh_bytes = 0  # what the program has written since
 
     # -- bytes in
 
@@ -4450,6 +4475,7 @@ class ServerCore:
         if len(self.host_input) < REPLY_LIMIT_BYTES:
             self.host_input += replies
         self._changed = True
+        self._fresh_bytes += len(data)
 
     def _take_user_state(self, now: int) -> None:
         remote = self.transport.remote
@@ -4504,7 +4530,9 @@ class ServerCore:
             echo_ack = max(echo_ack, self._echo_pending.popleft()[1])
         if self._changed or echo_ack != self._echo_ack:
             self._echo_ack, self._changed = echo_ack, False
-            self.transport.set_current(TerminalState(self._emulator.copy(), echo_ack, self._hello), now)
+            state = TerminalState(self._emulator.copy(), echo_ack, self._hello)
+            self.transport.set_current(state, now, fresh_bytes=self._fresh_bytes)
+            self._fresh_bytes = 0
 
     # -- timers
 

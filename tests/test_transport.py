@@ -206,6 +206,24 @@ def test_changes_are_collected_before_they_are_sent(collect_ms: int) -> None:
     assert peer.listen(until=2_010)[0] == (2_000 + collect_ms, 1, 2, 1, 1, ">ab")
 
 
+@pytest.mark.parametrize(("writes", "sent_at"), [
+    ([(0, 1)], mosh.QUIET_MS),  # an echo
+    ([(0, 1), (1, 1)], 1 + mosh.QUIET_MS),  # in two writes
+    ([(n, 1) for n in range(7)], mosh.COLLECT_MS["server"]),  # a trickle
+    ([(0, mosh.SMALL_DIFF_BYTES)], mosh.QUIET_MS),
+    ([(0, mosh.SMALL_DIFF_BYTES + 1)], mosh.COLLECT_MS["server"]),  # of which more may follow
+    ([(0, 1), (1, mosh.SMALL_DIFF_BYTES)], mosh.COLLECT_MS["server"]),
+    ([(0, 0)], mosh.COLLECT_MS["server"]),  # an echo ack alone
+], ids=str)  # fmt: skip
+def test_a_few_bytes_are_sent_as_soon_as_no_more_follow(writes: list[tuple[int, int]], sent_at: int) -> None:
+    peer = _connected(mosh.COLLECT_MS["server"])
+    for after_ms, size in writes:
+        assert peer.listen(until=2_000 + after_ms) == []
+        peer.transport.set_current(Note(f"after {after_ms}"), now=peer.now, fresh_bytes=size)
+    (sent,) = peer.listen(until=2_020)
+    assert sent[0] == 2_000 + sent_at and sent[-1] == f">after {writes[-1][0]}"
+
+
 @pytest.mark.parametrize(("rtt_ms", "interval_ms"), [(10, 20), (100, 50), (400, 200), (2_000, 250)])
 @pytest.mark.parametrize(("size", "least", "most"), [(1, 0.0, 0.2), (100, 0.4, 0.6), (3_000, 1.0, 1.1)])
 def test_a_frame_makes_the_next_one_wait_by_its_size(
