@@ -1398,6 +1398,8 @@ class Transport(Generic[Local, Remote]):
         deadlines = []
         if self._may_send:
             deadlines.append(self._train[0][0] if self._train else self.sender.next_timeout())
+            if self.datagrams.mtu_bytes < self._train_mtu_bytes:
+                deadlines.append(self.sender.sent[-1].at)  # what was refused is sent again at once
         if self.sender.shutdown_at is not None:
             deadlines.append(self.sender.shutdown_at + SHUTDOWN_MS)
         return min(deadlines, default=None)

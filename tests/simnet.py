@@ -327,8 +327,10 @@ class ServerEnd(Machine):
         self.core.datagrams_sent(now)
 
     def _schedule(self, outputs: Iterator[Output]) -> None:
-        for delay_ms, data in outputs:
+        """Let the program write all that; what it writes in the same millisecond is read from the pty in one go."""
+        for (delay_ms, ends), group in itertools.groupby(outputs, key=lambda output: (output[0], output[1] is None)):
             self.writes_until = max(self.writes_until, self._sim.now + delay_ms)
+            data = None if ends else b"".join(data or b"" for _, data in group)
             self._sim.at(self.writes_until, partial(self._output, data))
 
     def _output(self, data: bytes | None) -> None:
@@ -484,6 +486,7 @@ class Invariants:
         self._largest_bytes = dict.fromkeys(self.in_flight, 0)
         self._last: dict[int, mosh.Instruction] = {}
         self._acked = dict.fromkeys(self.in_flight, 0)  # the newest ack that an end has been given of what it keeps
+        self._acked_before = dict.fromkeys(self.in_flight, 0)  # the same when the instruction being sent began to leave
         self._newest_seq = dict.fromkeys(self.in_flight, -1)
         self._reply_to: Address | None = None  # where the newest authentic datagram of the client came from
         self._checked_keys = 0  # how many of those received are known to be those typed
@@ -503,6 +506,8 @@ class Invariants:
         fragment = mosh.Fragment.decode(self._readers[direction].open(datagram)[1][mosh.TIMESTAMPS.size :])
         self._instruction_bytes[direction] = len(datagram) + self._instruction_bytes[direction] * (fragment.num > 0)
         self._largest_bytes[direction] = max(self._largest_bytes[direction], self._instruction_bytes[direction])
+        if fragment.num == 0:
+            self._acked_before[direction] = self._acked[direction]
         instruction = self._assemblies[direction].add(fragment)
         if instruction is not None:
             self._check_instruction(direction, instruction)
@@ -519,7 +524,7 @@ class Invariants:
         self.require(new.throwaway_num <= new.old_num < new.new_num, "old state is thrown away or not older")
         known = peer.core.transport.remote.num
         self.require(new.throwaway_num <= known, f"states below {new.throwaway_num} are thrown away, {known} has come")
-        known = self._acked[direction]
+        known = self._acked_before[direction]
         self.require(new.throwaway_num >= known, f"the ack of {known} is lost: {new.throwaway_num} is thrown away")
 
     @contextlib.contextmanager

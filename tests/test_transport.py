@@ -490,7 +490,9 @@ def test_a_datagram_refused_for_its_size_is_replaced_at_once() -> None:
     peer = _connected(rtt_ms=100)
     peer.transport.set_current(Note(NOISE[:3_000]), now=1_000)
     sent = _sizes(peer, until=1_010)
+    assert peer.transport.next_timeout() > peer.now  # type: ignore[operator]
     peer.transport.datagrams.shrink_mtu()
+    assert peer.transport.next_timeout() <= peer.now  # type: ignore[operator]
     ((at, sizes),) = _sizes(peer, until=1_011)
     assert max(sent[0][1]) > 600 and max(sizes) <= mosh.FALLBACK_MTU_BYTES and at == 1_010
 
