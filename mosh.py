@@ -537,8 +537,9 @@ class Channel:
 # ======================================================================================================================
 # Each datagram carries the sender's clock and echoes the newest clock value heard, less the time it was held here, so
 # both ends measure the round trip with every exchange and an end that merely thinks before it answers looks no
-# further away. Only the newest datagram so far may touch a clock or an address: an old one, delayed or replayed, still
-# hands its contents up (they are idempotent), but cannot mislead about who or how far the peer is.
+# further away. Only the newest datagram so far may touch a clock or an address: an old one, delayed, still hands its
+# contents up (they are idempotent), but cannot mislead about who or how far the peer is. One that has been here before
+# is dropped, or somebody who repeats fragments of old instructions could keep new ones from ever becoming complete.
 #
 # Roaming is then one rule: the server answers to wherever the newest authentic datagram came from. The client needs no
 # rule: its server stays put. What it does when answers stop is to try a new local port, since NATs forget.
@@ -552,6 +553,7 @@ FRAME_INTERVAL_MS = (20, 250)  # bounds of the time between frames, which is SRT
 INITIAL_SRTT_MS = 1_000.0
 TIMESTAMP_HOLD_MS = 1_000  # a timestamp older than this is not echoed
 CONGESTION_PENALTY_MS = 500  # a marked packet is reported this much later, which slows the peer's frames
+REPLAY_WINDOW = 1_024  # datagrams before the newest: it is known which of them have been here; older ones are dropped
 AMPLIFICATION_LIMIT = 3  # times the bytes received may go to an address not yet heard again; as in QUIC, RFC 9000
 ASSOCIATION_MS = 40_000  # a server stops sending to an address silent for so long
 PORT_HOP_MS = 10_000  # a client without an answer for so long tries another local port
@@ -615,6 +617,7 @@ class DatagramLayer:
         self.allowance_bytes: int | None = None  # what may still go to an address not yet heard again; None: anything
         # timestamps
         self._expected_seq = 0
+        self._seen = 0  # bit n: the nth datagram before the newest has been here
         self._saved_timestamp: int | None = None
         self._saved_at = 0
         # port hopping
@@ -631,6 +634,7 @@ class DatagramLayer:
         seq, plaintext = self._channel.open(datagram)
         if len(plaintext) < TIMESTAMPS.size:
             raise PacketError("Illegal counterparty input (possible denial of service): no timestamps.")
+        self._note_seq(seq)
         if seq >= self._expected_seq:
             self._expected_seq = seq + 1
             timestamp, reply = TIMESTAMPS.unpack_from(plaintext)
@@ -641,6 +645,16 @@ class DatagramLayer:
             if self._is_server or source in self.peers:
                 self.peers = [source]
         return plaintext[TIMESTAMPS.size :]
+
+    def _note_seq(self, seq: int) -> None:
+        """Take note of a datagram. Raises PacketError if it has been here before, or is too old to tell."""
+        behind = self._expected_seq - 1 - seq
+        if behind < 0:
+            self._seen = 1 if -behind >= REPLAY_WINDOW else (self._seen << -behind | 1) & (1 << REPLAY_WINDOW) - 1
+        elif behind >= REPLAY_WINDOW or self._seen >> behind & 1:
+            raise PacketError("datagram is a replay or far too late")
+        else:
+            self._seen |= 1 << behind
 
     def _take_timestamps(self, timestamp: int, reply: int, now: int, congested: bool) -> None:
         if timestamp != NO_TIMESTAMP:

@@ -243,7 +243,8 @@ def test_no_nonce_is_used_twice_however_the_clock_jumps(schedule: list[tuple[str
             ends["client"].port_chosen(now)
         elif action == "receive":
             for datagram in sent["client"][-3:]:
-                ends["server"].receive_datagram(datagram, ("somewhere", now), now)
+                with contextlib.suppress(mosh.PacketError):     # it has arrived before
+                    ends["server"].receive_datagram(datagram, ("somewhere", now), now)
         else:
             sent[action].append(ends[action].seal(b"x", now))
     for datagrams in sent.values():
