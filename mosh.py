@@ -4554,6 +4554,14 @@ def environment_bytes(name: str) -> bytes | None:
     return None if value is None else os.fsencode(value)
 
 
+_UNPRINTABLE = re.compile(r"\x1b\[[0-9;]*m|[^\t\n -~\xa0-\U0010ffff]")  # renditions go whole
+
+
+def printable(text: str) -> str:
+    """Return `text` without anything that would make a terminal do more than show it."""
+    return _UNPRINTABLE.sub("", text)
+
+
 def write_all(descriptor: int, data: bytes) -> None:
     """Write everything, waiting where the descriptor does not block. A reader that has gone is no error here."""
     view = memoryview(data)
@@ -5764,7 +5772,7 @@ class Login:
         if not self.announcement.complete:
             self._explain(process.wait())
         if self._options.verbose and self.announcement.server:
-            print(f"mosh: started {self.announcement.server}", file=sys.stderr)
+            print(f"mosh: started {printable(self.announcement.server)}", file=sys.stderr)
 
     def _take_line(self, line: bytes, trusted: bool) -> None:
         """Take note of a line, or show it. `trusted`: it came from the host itself, by the channel ssh protects."""
@@ -5773,7 +5781,7 @@ class Login:
         if (from_proxy or (trusted and not self.announcement.complete)) and self.announcement.take(text):
             return
         if text.strip() and not self.announcement.complete:
-            print(_WITHOUT_KEY.sub("MOSH CONNECT ...", text.rstrip()), file=sys.stderr)
+            print(_WITHOUT_KEY.sub("MOSH CONNECT ...", printable(text.rstrip())), file=sys.stderr)
 
     def _explain(self, status: int) -> None:
         """Say why there is no session. Always raises BootstrapError."""
@@ -6232,10 +6240,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"mosh: {error}\n{_USAGE_HINT}", file=sys.stderr)
         return USAGE_ERROR
     except BootstrapError as error:
-        print(f"mosh: {error}", file=sys.stderr)
+        print(f"mosh: {printable(str(error))}", file=sys.stderr)  # security: it may quote what the host has said
         return error.status
     except MoshError as error:
-        print(f"mosh: {error}", file=sys.stderr)
+        print(f"mosh: {printable(str(error))}", file=sys.stderr)
         return 1
     except OSError as error:
         with contextlib.suppress(OSError):

@@ -288,7 +288,7 @@ def test_a_forked_copy_seals_nothing() -> None:
 
 
 @needs_proc
-@pytest.mark.parametrize("make", [ServerVictim, ClientVictim])
+@pytest.mark.parametrize("make", [ServerVictim, pytest.param(ClientVictim, marks=pytest.mark.long)])
 def test_no_nonce_is_used_twice_by_a_program_that_is_stopped_and_hops(home: Path, make: type[Victim]) -> None:
     """A live end, stopped and continued, whose peer then says nothing for so long that a client hops."""
     with contextlib.closing(make("ours", home)) as victim:
