@@ -108,6 +108,7 @@ def test_the_key_shows_nowhere_in_a_login(home: Path, tmp_path: Path) -> None:
     assert not [form for form in forms(key) if form in client.output]
 
 
+@needs_proc
 def test_a_search_for_leaks_finds_them(home: Path) -> None:
     """The search above is no idle one."""
     key = mosh.Key(os.urandom(16)).to_text()
