@@ -3,6 +3,7 @@
 # PYTHON=python3.12     the interpreter to use
 # HOST=you@host         run: log in there; without it, a session on this machine that needs no ssh
 # SEED=n                sim: repeat the run with this seed
+# MINUTES=n             fuzz: for so long, all decoders together
 # COUNT=n               attack: so many datagrams of each kind
 # ROOTS=folder          test-matrix: where the Debian systems are kept
 # TESTS="..."           test: arguments for pytest instead of the folder tests
@@ -13,6 +14,7 @@ SEED ?=
 TESTS ?= tests
 COUNT ?= 10000
 ROOTS ?= .venv/roots
+MINUTES ?= 10
 
 VENV := .venv
 PYTEST := $(VENV)/bin/python -m pytest -c tests/pytest.ini --rootdir .
@@ -73,8 +75,13 @@ bench: $(VENV)/.tools mosh.pyz peers ## measure against stock mosh and plain ssh
 bench-terminal bench-network bench-simulated bench-start: bench-%: $(VENV)/.tools mosh.pyz peers ## one of them
 	MOSH_PYZ="$(CURDIR)/mosh.pyz" $(VENV)/bin/python tests/bench_$*.py
 
-fuzz: $(VENV)/.tools ## run the tests on random input for much longer
-	MOSH_FUZZ_LONG=1 $(PYTEST) -m fuzz tests
+fuzz: $(VENV)/.tools ## fuzz every decoder, guided by coverage, for MINUTES=n; without atheris, random input for long
+	@if $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet atheris==3.1.0 2>/dev/null; then \
+	    $(VENV)/bin/python tests/fuzz.py --minutes $(MINUTES); \
+	else \
+	    echo "make: there is no atheris for this Python; Hypothesis does it unguided"; \
+	    MOSH_FUZZ_LONG=1 $(PYTEST) -m fuzz tests; \
+	fi
 
 attack: $(VENV)/.tools peers ## send ten thousand of each kind of hostile datagram, also to stock mosh; print what they cost
 	MOSH_ATTACK_COUNT=$(COUNT) $(PYTEST) -s tests/test_attack.py tests/test_faults.py

@@ -538,8 +538,9 @@ class Channel:
 # ======================================================================================================================
 # Each datagram carries the sender's clock and echoes the newest clock value heard, less the time it was held here, so
 # both ends measure the round trip with every exchange and an end that merely thinks before it answers looks no
-# further away. Only the newest datagram so far may touch a clock or an address: an old one, delayed or replayed, still
-# hands its contents up (they are idempotent), but cannot mislead about who or how far the peer is.
+# further away. Only the newest datagram so far may touch a clock or an address: an old one, delayed, still hands its
+# contents up (they are idempotent), but cannot mislead about who or how far the peer is. One that has been here before
+# is dropped, or somebody who repeats fragments of old instructions could keep new ones from ever becoming complete.
 #
 # Roaming is then one rule: the server answers to wherever the newest authentic datagram came from. What a client does
 # when answers stop is to try a new local port, since NATs forget, and the server's other addresses (section 15).
@@ -553,6 +554,7 @@ FRAME_INTERVAL_MS = (20, 250)  # bounds of the time between frames, which is SRT
 INITIAL_SRTT_MS = 1_000.0
 TIMESTAMP_HOLD_MS = 1_000  # a timestamp older than this is not echoed
 CONGESTION_PENALTY_MS = 500  # a marked packet is reported this much later, which slows the peer's frames
+REPLAY_WINDOW = 1_024  # datagrams before the newest: it is known which of them have been here; older ones are dropped
 AMPLIFICATION_LIMIT = 3  # times the bytes received may go to an address not yet heard again; as in QUIC, RFC 9000
 ASSOCIATION_MS = 40_000  # a server stops sending to an address silent for so long
 PORT_HOP_MS = 10_000  # a client without an answer for so long tries another local port
@@ -611,22 +613,32 @@ class RoundTrip:
         return clamp(self.srtt_ms / 2, FRAME_INTERVAL_MS)
 
 
-class LossWindow:
-    """Which of the peer's newest datagrams have come, one bit for each, the newest in bit 0."""
+class ArrivalWindow:
+    """Which of the peer's datagrams have come: exactly, to tell replays, and roughly, to tell how lossy the path is."""
 
     def __init__(self) -> None:
-        self._came = (1 << LOSS_WINDOW) - 1
         self.expected_seq = 0  # one more than the newest so far
+        self._seen = 0  # bit n: the nth datagram before the newest has been here
+        self._came = (1 << LOSS_WINDOW) - 1  # the same, but for all of a long outage except its first few
 
     def observe(self, seq: int) -> bool:
-        """The datagram `seq` has come. Returns whether it is the newest so far."""
+        """The datagram `seq` has come. Returns whether it is the newest so far.
+
+        Raises PacketError if it has been here before, or is too old to tell.
+        """
         ahead = seq - self.expected_seq
         if ahead >= 0:
+            self._seen = (self._seen << min(ahead + 1, REPLAY_WINDOW) | 1) & (1 << REPLAY_WINDOW) - 1
             self._came = (self._came << min(ahead, LOSS_RUN) + 1 | 1) & (1 << LOSS_WINDOW) - 1
             self.expected_seq = seq + 1
-        elif -ahead <= LOSS_WINDOW:  # late rather than lost
-            self._came |= 1 << -ahead - 1
-        return ahead >= 0
+            return True
+        bit = -ahead - 1
+        if bit >= REPLAY_WINDOW or self._seen >> bit & 1:
+            raise PacketError("datagram is a replay or far too late")
+        self._seen |= 1 << bit
+        if bit < LOSS_WINDOW:  # late rather than lost
+            self._came |= 1 << bit
+        return False
 
     @property
     def lost_count(self) -> int:
@@ -690,7 +702,7 @@ class DatagramLayer:
         self._is_server = is_server
         # the path
         self.round_trip = RoundTrip()
-        self.loss = LossWindow()
+        self.arrivals = ArrivalWindow()
         self.mtu = PathMtu(mtu_bytes)
         # whom to answer
         self.peers: list[Address] = []  # a server has at most one; a client may try several candidates
@@ -713,7 +725,7 @@ class DatagramLayer:
         seq, plaintext = self._channel.open(datagram)
         if len(plaintext) < TIMESTAMPS.size:
             raise PacketError("Illegal counterparty input (possible denial of service): no timestamps.")
-        if self.loss.observe(seq):
+        if self.arrivals.observe(seq):
             timestamp, reply = TIMESTAMPS.unpack_from(plaintext)
             self._take_timestamps(timestamp, reply, now, congested)
             if self._is_server and self.last_heard_at is not None:
@@ -1031,7 +1043,9 @@ class NumberedState(Generic[Local]):
 class Sender(Generic[Local]):
     """The half of the transport that keeps the peer's copy of `current` fresh."""
 
-    def __init__(self, initial: Local, now: int, collect_ms: int, round_trip: RoundTrip, loss: LossWindow) -> None:
+    def __init__(
+        self, initial: Local, now: int, collect_ms: int, round_trip: RoundTrip, arrivals: ArrivalWindow
+    ) -> None:
         self.current = initial
         self.sent = [NumberedState(0, now, initial)]  # sent[0]: newest state that the peer has acknowledged
         self._assumed = self.sent[0]  # newest state that the peer has, as far as we dare to assume
@@ -1041,7 +1055,7 @@ class Sender(Generic[Local]):
         # timers: absolute ms, None for never
         self._collect_ms = collect_ms
         self._round_trip = round_trip
-        self._loss = loss
+        self._arrivals = arrivals
         self._changed_at: int | None = None  # when `current` first differed from the last state sent
         self._fresh_bytes = 0  # of what made it differ, as far as that is known
         self._fresh_at = now  # when the newest of them came
@@ -1102,7 +1116,7 @@ class Sender(Generic[Local]):
         interval = self._interval_ms(now)
         if not self._round_trip.measured:
             return interval
-        lossy = self._loss.lost_count >= LOSSY_COUNT
+        lossy = self._arrivals.lost_count >= LOSSY_COUNT
         if lossy and self._last_diff_bytes <= QUICK_DIFF_BYTES and self._copies < LOSSY_COPIES:
             return clamp(self._round_trip.srtt_ms / 8, LOSSY_COPY_MS)
         return max(interval, self._round_trip.rto_ms if lossy or self._copies > 1 else self.patience_ms)
@@ -1286,7 +1300,7 @@ class Transport(Generic[Local, Remote]):
         random_bytes: Callable[[int], bytes],
     ) -> None:
         self.datagrams = datagrams
-        self.sender = Sender(local, now, collect_ms, datagrams.round_trip, datagrams.loss)
+        self.sender = Sender(local, now, collect_ms, datagrams.round_trip, datagrams.arrivals)
         self.receiver = Receiver(remote, now)
         self.phase = Phase.CONNECTING
         self.clean = False  # once CLOSED: whether both ends agreed on it
@@ -4817,9 +4831,9 @@ class ClientCore:
     def receive_datagram(self, data: bytes, source: Address, now: int, congested: bool = False) -> None:
         """Take in one datagram. Raises PacketError, which is worth a line to the user if it is authentic."""
         was_connecting, datagrams = self.is_connecting, self.transport.datagrams
-        expected_seq = datagrams.loss.expected_seq
+        expected_seq = datagrams.arrivals.expected_seq
         self.transport.receive_datagram(data, source, now, congested)
-        if datagrams.loss.expected_seq != expected_seq:
+        if datagrams.arrivals.expected_seq != expected_seq:
             searching = self.roaming.searching
             self.roaming.heard(source, now, datagrams.last_round_trip_at)
             if searching and not self.roaming.searching:
@@ -5084,6 +5098,16 @@ def environment_bytes(name: str) -> bytes | None:
     """Return an environment variable as bytes, None if it is unset."""
     value = os.environ.get(name)
     return None if value is None else os.fsencode(value)
+
+
+_TERMINAL_SEQUENCE = lazy_pattern(
+    r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b[\]P^_X][^\x07\x1b]*(?:\x07|\x1b\\)?|\x1b.?|[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]"
+)
+
+
+def printable(text: str) -> str:
+    """Return `text` without anything that would make a terminal do more than show it."""
+    return _TERMINAL_SEQUENCE.sub("", text)
 
 
 def write_all(descriptor: int, data: bytes) -> None:
@@ -6371,10 +6395,6 @@ _SSH_ADDRESS_WAIT_S = 10
 _LINE_LIMIT_BYTES = 1 << 16  # a longer line is no line of ours
 _NOISE_LIMIT_BYTES = 1 << 22  # a host that has printed this much will never come to our command
 _WITH_KEY = r"MOSH CONNECT \S+ \S+"  # security: what looks like a key is not shown
-# security: the host may print what it likes, but does not get to program the terminal before it has a session
-_TERMINAL_SEQUENCE = (
-    r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b[\]P^_X][^\x07\x1b]*(?:\x07|\x1b\\)?|\x1b.?|[\x00-\x08\x0b-\x1f\x7f-\x9f]"
-)
 _PROXY_CHUNK_BYTES = 4096
 SILENCE_LIMIT_MS = 30_000  # an open session says something by then, or never; a loaded small machine needs 5 s
 _SESSION_POLL_MS = 500  # how often to look whether the session is open, which only sets the clock for that limit
@@ -7037,7 +7057,7 @@ class Login:
         self._noise_bytes += len(line) + 1
         if self._noise_bytes > _NOISE_LIMIT_BYTES:
             raise BootstrapError(f"{self._options.host} prints without end instead of starting a server", OTHER_COMMAND)
-        text = re.sub(_TERMINAL_SEQUENCE, "", re.sub(_WITH_KEY, "MOSH CONNECT ...", text)).rstrip()
+        text = printable(re.sub(_WITH_KEY, "MOSH CONNECT ...", text)).rstrip()  # security: the host has no session yet
         if text:
             self._end_progress()
             print(text, file=sys.stderr)
@@ -7562,10 +7582,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"mosh: {error}\n{_USAGE_HINT}", file=sys.stderr)
         return USAGE_ERROR
     except BootstrapError as error:
-        print(f"mosh: {error}", file=sys.stderr)
+        print(f"mosh: {printable(str(error))}", file=sys.stderr)  # security: it may quote what the host has said
         return error.status
     except MoshError as error:
-        print(f"mosh: {error}", file=sys.stderr)
+        print(f"mosh: {printable(str(error))}", file=sys.stderr)
         return 1
     except OSError as error:
         with contextlib.suppress(OSError):

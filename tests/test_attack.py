@@ -359,3 +359,19 @@ def test_a_replayed_datagram_never_moves_the_server(home: Path) -> None:
         victim.rest(SILENT_MS)
         victim.echo()
         assert victim.sent_by_victim["other"] == 0 < victim.sent_by_victim["peer"]
+
+
+@pytest.mark.parametrize("kind", ["ours", "stock"])
+def test_a_client_that_roams_answers_the_probe_and_shows_nothing_of_it(kind: peers.Kind, home: Path) -> None:
+    """Its next heartbeat makes the server believe that it has moved; its answer to the probe proves the address."""
+    require_kind(kind)
+    with contextlib.closing(ClientVictim(kind, home)) as victim:
+        victim.rest(QUIET_MS)
+        before, datagrams = victim.screen(), victim.core.transport.datagrams
+        datagrams.peers = [("192.0.2.1", 1)]
+        victim.run_until(lambda: datagrams.allowance_bytes is not None, "a heartbeat")
+        heard, sent = victim.sent_by_victim["peer"], len(victim.genuine["peer"])
+        victim.run_until(lambda: datagrams.allowance_bytes is None, "the answer to the probe")
+        assert len(victim.genuine["peer"]) == sent + 1 and victim.sent_by_victim["peer"] == heard + 1
+        assert victim.screen() == before
+        victim.echo()

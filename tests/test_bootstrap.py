@@ -624,3 +624,24 @@ def test_a_quick_transfer_shows_nothing(
     monkeypatch.setattr(mosh, "PROGRESS_AFTER_MS", 60_000)
     _run_login(LOOKUP + SLOW + SAYS_IT, tmp_path, server="")
     assert capfd.readouterr().err == "banner\n"
+def test_what_a_host_prints_cannot_make_the_terminal_do_anything(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It could ask for the clipboard and have the answer typed into the session that follows."""
+    said = "\\033[1mwelcome\\033[m \\303\\251\\033]52;c;?\\007\\033[c\\302\\233c\\r\\n"
+    assert _run_login(f"{LOOKUP}printf '{said}'; printf '{said}' >&2\n{SAYS_IT}", tmp_path)[0] == KEY
+    shown = capfd.readouterr().err
+    assert "welcome é" in shown
+    assert all(char == "\n" or char.isprintable() for char in shown)
+
+
+@given(st.text())
+def test_nothing_but_text_is_printable(text: str) -> None:
+    shown = mosh.printable(text)
+    assert not set(shown) & set(map(chr, [*range(9), *range(11, 32), *range(127, 160)]))
+    assert mosh.printable(shown) == shown
+
+
+def test_an_error_that_quotes_the_host_is_printable(capsys: pytest.CaptureFixture[str]) -> None:
+    assert mosh.main(["mosh.py", "--local", "--", "a\x1b]52;c;?\x07b"]) != 0
+    assert "\x1b" not in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """Random input at every door: it gives a value or the error that the door documents, and nothing else.
 
-Each run takes a few seconds; with MOSH_FUZZ_LONG set it takes as many minutes.
+Each run takes a few seconds; with MOSH_FUZZ_LONG set it takes as many minutes. fuzz.py does it guided by coverage; what
+it once found worth keeping is replayed here.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import mosh
+from fuzz import DECODERS, saved_corpus
 from terminal_streams import terminal_bytes
 
 pytestmark = pytest.mark.fuzz
@@ -299,3 +301,21 @@ PARSERS: list[tuple[Callable[[str], object], type[mosh.MoshError]]] = [
 def test_any_text_for_a_parser(parse: Callable[[str], object], error: type[mosh.MoshError], text: str) -> None:
     with contextlib.suppress(error, SystemExit):        # argparse leaves by itself after --help
         parse(text)
+
+
+# -- what guided fuzzing has found worth keeping ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_the_saved_corpus(name: str) -> None:
+    saved = saved_corpus()[name]
+    assert saved
+    for data in saved:
+        DECODERS[name](data)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+@fuzz
+@given(data=st.binary(max_size=400))
+def test_any_bytes_for_a_decoder_of_the_guided_fuzzer(name: str, data: bytes) -> None:
+    DECODERS[name](data)

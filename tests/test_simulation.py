@@ -311,6 +311,24 @@ def test_the_notice_goes_when_the_server_answers_after_all(sim: Simulation) -> N
     assert sim.client.seen == sim.server.screen
 
 
+# -- replays
+
+
+def test_replayed_fragments_do_not_keep_a_large_screen_from_arriving(sim: Simulation) -> None:
+    """An instruction in several fragments becomes complete though old ones are repeated between them."""
+    sim.client.type("lines 30\r")
+    sim.run(ms=1_000)
+    old = sim.datagrams(mosh.TO_CLIENT)[-1]
+    for ms in range(0, 4_000, 2):
+        sim.at(sim.now + ms, lambda: sim.inject(sim.client, old, SERVER_ADDRESS))
+    sim.link.jitter_ms = 5
+    noise = "".join(f"\x1b[38;2;{sim.random.randint(0, 255)};{n};{n}m{n % 10}" for n in range(250))
+    sim.server.write(b"\x1b[H" + noise.encode())
+    sim.run(ms=1_000)
+    assert len(sim.datagrams(mosh.TO_CLIENT)[-2]) == mosh.MTU_BYTES["IPv4"], "the screen takes several fragments"
+    assert sim.client.screen == sim.server.screen
+
+
 # -- amplification
 
 
