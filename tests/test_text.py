@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import re
 import sys
 import unicodedata
 from pathlib import Path
@@ -249,3 +250,21 @@ def test_every_narrow_character_has_width_one() -> None:
     assert {mosh.char_width(char) for char in narrow} == {1}
     assert not any(mosh.is_width_doubtful(char) for char in narrow)
     assert all(mosh.NARROW_RUN.fullmatch(char) for char in narrow)
+
+
+# -- patterns --------------------------------------------------------------------------------------------------
+
+
+def test_a_lazy_pattern_does_what_the_compiled_one_does() -> None:
+    lazy, compiled = mosh.lazy_pattern("(a+)|b.", re.DOTALL), re.compile("(a+)|b.", re.DOTALL)
+    for text in ("", "aab\nab", "xbb"):
+        assert [match.span() for match in lazy.finditer(text)] == [match.span() for match in compiled.finditer(text)]
+        for method in ("match", "search", "fullmatch"):
+            found = [getattr(pattern, method)(text) for pattern in (lazy, compiled, lazy)]
+            assert len({match and match.groups() for match in found}) == 1
+    assert lazy.flags == compiled.flags
+
+
+def test_a_bad_lazy_pattern_is_an_error_when_it_is_used() -> None:
+    with pytest.raises(re.error):
+        mosh.lazy_pattern("(").match("")
