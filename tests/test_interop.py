@@ -308,11 +308,13 @@ def set_terminal_modes(session: Session) -> None:
     session.press("Up", "Left")
     session.see("normal cursor keys", rows_are("^[[A^[[D"))
     session.press("C-c")
+    session.terminal.wait_for(last_line_is("$"))    # or the terminal drops what is typed
     session.type("clear; printf '\\033[?1h'; cat -v\n")
     session.terminal.wait_for(rows_are(""))
     session.press("Up", "Left")
     session.see("application cursor keys", rows_are("^[OA^[OD"))
     session.press("C-c")
+    session.terminal.wait_for(last_line_is("$"))    # or the terminal drops what is typed
     session.type("clear; printf '\\033[?1l\\033[?1002h\\033[?1006h'\n")
     # The client keeps the real terminal in application mode throughout; the server translates.
     session.see_modes("mouse on", on={"keypad_cursor_flag", "mouse_button_flag", "mouse_sgr_flag"})

@@ -298,7 +298,6 @@ def test_no_nonce_is_used_twice_by_a_program_that_is_stopped_and_hops(home: Path
             victim.rest(100)
             os.kill(victim.pid, signal.SIGCONT)
             victim.echo()
-        port = victim.port
         if make is ClientVictim:
             sources: set[int] = set()
             until = mosh.monotonic_ms() + mosh.PORT_HOP_MS + 8_000

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import re
 import sys
 import unicodedata
 from pathlib import Path
@@ -257,3 +258,21 @@ def test_every_mark_of_a_cluster_has_width_zero() -> None:
     marks = [char for char in map(chr, range(1, 0x110000)) if mosh.CLUSTER.fullmatch("x" + char)]
     assert len(marks) > 150
     assert {mosh.char_width(char) for char in marks} == {0}
+
+
+# -- patterns --------------------------------------------------------------------------------------------------
+
+
+def test_a_lazy_pattern_does_what_the_compiled_one_does() -> None:
+    lazy, compiled = mosh.lazy_pattern("(a+)|b.", re.DOTALL), re.compile("(a+)|b.", re.DOTALL)
+    for text in ("", "aab\nab", "xbb"):
+        assert [match.span() for match in lazy.finditer(text)] == [match.span() for match in compiled.finditer(text)]
+        for method in ("match", "search", "fullmatch"):
+            found = [getattr(pattern, method)(text) for pattern in (lazy, compiled, lazy)]
+            assert len({match and match.groups() for match in found}) == 1
+    assert lazy.flags == compiled.flags
+
+
+def test_a_bad_lazy_pattern_is_an_error_when_it_is_used() -> None:
+    with pytest.raises(re.error):
+        mosh.lazy_pattern("(").match("")
