@@ -309,10 +309,10 @@ def set_terminal_modes(session: Session) -> None:
     session.see("normal cursor keys", rows_are("^[[A^[[D"))
     session.press("C-c")
     session.terminal.wait_for(last_line_is("$"))    # or the terminal drops what is typed
-    session.type("clear; printf '\\033[?1h'; cat -v\n")
-    session.terminal.wait_for(rows_are(""))
+    session.type("clear; printf '\\033[?1hset\\n'; cat -v\n")
+    session.terminal.wait_for(rows_are("set"))
     session.press("Up", "Left")
-    session.see("application cursor keys", rows_are("^[OA^[OD"))
+    session.see("application cursor keys", rows_are("set", "^[OA^[OD"))
     session.press("C-c")
     session.terminal.wait_for(last_line_is("$"))    # or the terminal drops what is typed
     session.type("clear; printf '\\033[?1l\\033[?1002h\\033[?1006h'\n")
