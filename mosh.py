@@ -614,6 +614,7 @@ class DatagramLayer:
         # whom to answer
         self.peers: list[Address] = []  # a server has at most one; a client may start with several candidates
         self.last_heard_at: int | None = None  # arrival of the newest authentic datagram
+        self._proven_peer: Address | None = None  # the last address that was heard again
         self.allowance_bytes: int | None = None  # what may still go to an address not yet heard again; None: anything
         # timestamps
         self._expected_seq = 0
@@ -639,8 +640,7 @@ class DatagramLayer:
             self._expected_seq = seq + 1
             timestamp, reply = TIMESTAMPS.unpack_from(plaintext)
             self._take_timestamps(timestamp, reply, now, congested)
-            if self._is_server and self.last_heard_at is not None:
-                self.allowance_bytes = None if source in self.peers else AMPLIFICATION_LIMIT * len(datagram)
+            self._judge_source(source, len(datagram))
             self.last_heard_at = now
             if self._is_server or source in self.peers:
                 self.peers = [source]
@@ -655,6 +655,15 @@ class DatagramLayer:
             raise PacketError("datagram is a replay or far too late")
         else:
             self._seen |= 1 << behind
+
+    def _judge_source(self, source: Address, size: int) -> None:
+        """Decide how much may go to where a newest datagram, of `size` bytes, has come from."""
+        if not self._is_server:
+            return
+        if self.last_heard_at is None or source in (*self.peers, self._proven_peer):
+            self._proven_peer, self.allowance_bytes = source, None
+        else:
+            self.allowance_bytes = AMPLIFICATION_LIMIT * size
 
     def _take_timestamps(self, timestamp: int, reply: int, now: int, congested: bool) -> None:
         if timestamp != NO_TIMESTAMP:
