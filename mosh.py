@@ -707,6 +707,7 @@ class DatagramLayer:
         # whom to answer
         self.peers: list[Address] = []  # a server has at most one; a client may try several candidates
         self.last_heard_at: int | None = None  # arrival of the newest authentic datagram
+        self._proven_peer: Address | None = None  # the last address that was heard again
         self.allowance_bytes: int | None = None  # what may still go to an address not yet heard again; None: anything
         # timestamps
         self._saved_timestamp: int | None = None
@@ -728,12 +729,20 @@ class DatagramLayer:
         if self.arrivals.observe(seq):
             timestamp, reply = TIMESTAMPS.unpack_from(plaintext)
             self._take_timestamps(timestamp, reply, now, congested)
-            if self._is_server and self.last_heard_at is not None:
-                self.allowance_bytes = None if source in self.peers else AMPLIFICATION_LIMIT * len(datagram)
+            self._judge_source(source, len(datagram))
             self.last_heard_at = now
             if self._is_server:
                 self.peers = [source]
         return plaintext[TIMESTAMPS.size :]
+
+    def _judge_source(self, source: Address, size: int) -> None:
+        """Decide how much may go to where a newest datagram, of `size` bytes, has come from."""
+        if not self._is_server:
+            return
+        if self.last_heard_at is None or source in (*self.peers, self._proven_peer):
+            self._proven_peer, self.allowance_bytes = source, None
+        else:
+            self.allowance_bytes = AMPLIFICATION_LIMIT * size
 
     def _take_timestamps(self, timestamp: int, reply: int, now: int, congested: bool) -> None:
         if timestamp != NO_TIMESTAMP:

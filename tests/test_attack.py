@@ -369,6 +369,7 @@ def test_a_client_that_roams_answers_the_probe_and_shows_nothing_of_it(kind: pee
         victim.rest(QUIET_MS)
         before, datagrams = victim.screen(), victim.core.transport.datagrams
         datagrams.peers = [("192.0.2.1", 1)]
+        datagrams._proven_peer = None
         victim.run_until(lambda: datagrams.allowance_bytes is not None, "a heartbeat")
         heard, sent = victim.sent_by_victim["peer"], len(victim.genuine["peer"])
         victim.run_until(lambda: datagrams.allowance_bytes is None, "the answer to the probe")

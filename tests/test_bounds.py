@@ -54,6 +54,17 @@ def test_fragments_of_an_instruction() -> None:
         assert len(assembly._pieces) == 1
 
 
+def test_the_smallest_datagram_is_as_small_as_is_assumed() -> None:
+    """By EMPTY_DATAGRAM_BYTES the server judges what it may send to an address not yet heard again."""
+    numbers = (2**32 - 1, 2**32 - 2, 2**32 - 3, 2**32 - 4)
+    for new_num in (numbers[1], mosh.LAST_STATE_NUM):
+        chaff = bytes(range(0x51, 0x51 + 11 * mosh.MAX_CHAFF_BYTES, 11))
+        instruction = mosh.Instruction(numbers[0], new_num, *numbers[2:], mosh.PROBE_DIFF, chaff)
+        (fragment,) = mosh.Fragmenter().fragments(instruction, 1_252)
+        server = mosh.DatagramLayer(mosh.Channel(CIPHER, mosh.TO_CLIENT), 0, is_server=True)
+        assert len(server.seal(fragment.encode(), 0)) <= mosh.EMPTY_DATAGRAM_BYTES
+
+
 @pytest.mark.parametrize("varint", [b"\xff" * 10, b"\x80" * 11 + b"\0", b"\x80"])
 def test_a_number(varint: bytes) -> None:
     with pytest.raises(mosh.PacketError):

@@ -273,6 +273,43 @@ def test_an_authentic_datagram_without_timestamps_is_refused(size: int) -> None:
     assert server.peers == []
 
 
+# -- amplification
+
+
+def test_an_address_has_to_be_heard_again_before_it_is_sent_much() -> None:
+    client, server = _client(), _server()
+    server.receive_datagram(client.seal(b"", 0), HOME, now=10)
+    assert server.allowance_bytes is None  # the first one: there was no server to lead astray
+    roamed = client.seal(b"somewhere else", 20)
+    server.receive_datagram(roamed, ELSEWHERE, now=30)
+    assert server.allowance_bytes == 3 * len(roamed)
+    sealed = server.seal(bytes(50), 30)
+    assert server.allowance_bytes == 3 * len(roamed) - len(sealed)
+    server.receive_datagram(client.seal(b"", 40), ELSEWHERE, now=50)
+    assert server.allowance_bytes is None
+
+
+def test_a_proven_address_stays_proven_through_sleep_and_somebody_elses_attempt() -> None:
+    client, server = _client(), _server()
+    server.receive_datagram(client.seal(b"", 0), HOME, now=10)
+    server.receive_datagram(client.seal(b"", 20), ELSEWHERE, now=30)
+    server.receive_datagram(client.seal(b"", 40), HOME, now=50)
+    assert server.allowance_bytes is None
+    assert server.forget_silent_peer(100_000)
+    server.receive_datagram(client.seal(b"", 100_000), HOME, now=100_010)
+    assert server.allowance_bytes is None
+    assert server.forget_silent_peer(200_000)
+    server.receive_datagram(client.seal(b"", 200_000), ELSEWHERE, now=200_010)
+    assert server.allowance_bytes is not None
+
+
+def test_a_client_is_not_bounded() -> None:
+    client = _client()
+    client.receive_datagram(_raw(0), SERVER, now=10)
+    client.receive_datagram(_raw(1), ELSEWHERE, now=20)
+    assert client.allowance_bytes is None
+
+
 # -- association
 
 
