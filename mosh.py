@@ -2445,7 +2445,7 @@ class Emulator:
         self.origin_mode = self.insert_mode = self.application_cursor_keys = False
         self.autowrap = True
         self.saved_cursor = _HOME
-        self.tab_stops = frozenset(range(0, framebuffer.width, 8))
+        self.tab_stops = tuple(range(0, framebuffer.width, 8))  # ascending
         self.default_tabs = True
         # Where a combining mark goes: the last character printed, or the cursor once it has moved.
         self.combining_row, self.combining_col = 0, 0
@@ -2541,7 +2541,7 @@ class Emulator:
         stops = {stop for stop in self.tab_stops if stop < width}
         if self.default_tabs:
             stops.update(range(-(-old_width // 8) * 8, width, 8))
-        self.tab_stops = frozenset(stops)
+        self.tab_stops = tuple(sorted(stops))
         if self.combining_row >= height or self.combining_col >= width:
             self.combining_row = -1  # nowhere
 
@@ -2772,7 +2772,7 @@ class Emulator:
         self._step_rows(1)
 
     def hts(self, _: Parameters = ()) -> None:
-        self.tab_stops |= {self.framebuffer.cursor_col}
+        self._set_tab_stop(self.framebuffer.cursor_col, True)
 
     def ri(self, _: Parameters = ()) -> None:
         self._step_rows(-1)
@@ -2832,15 +2832,22 @@ class Emulator:
     def cbt(self, parameters: Parameters) -> None:
         self._tab(-(parameters[0] or 1))
 
+    def _set_tab_stop(self, col: int, on: bool) -> None:
+        stops = self.tab_stops
+        left, right = bisect.bisect_left(stops, col), bisect.bisect_right(stops, col)
+        if on == (left == right):
+            self.tab_stops = stops[:left] + (col,) * on + stops[right:]
+
     def _tab(self, count: int) -> None:
         self._flush_run()
         col, wrap_pending = self.framebuffer.cursor_col, self.wrap_pending
+        stops, last = self.tab_stops, self.framebuffer.width - 1
         if count > 0:
-            stops = sorted(stop for stop in self.tab_stops if stop > col)
-            col = stops[count - 1] if count <= len(stops) else self.framebuffer.width - 1
+            at = bisect.bisect_right(stops, col) + count - 1
+            col = stops[at] if at < len(stops) else last
         else:
-            stops = sorted((stop for stop in self.tab_stops if stop < col), reverse=True)
-            col = stops[-count - 1] if -count <= len(stops) else 0
+            at = bisect.bisect_left(stops, col) + count
+            col = stops[at] if at >= 0 else 0
         self._go_col(col)
         self.wrap_pending = wrap_pending
 
@@ -2898,9 +2905,9 @@ class Emulator:
 
     def tbc(self, parameters: Parameters) -> None:
         if parameters[0] == 0:
-            self.tab_stops -= {self.framebuffer.cursor_col}
+            self._set_tab_stop(self.framebuffer.cursor_col, False)
         elif parameters[0] == 3:
-            self.tab_stops, self.default_tabs = frozenset(), False
+            self.tab_stops, self.default_tabs = (), False
 
     def sm(self, parameters: Parameters) -> None:
         self.insert_mode = self.insert_mode or 4 in parameters
