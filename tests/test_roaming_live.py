@@ -280,7 +280,7 @@ def across_networks(pair: Pair, home: Path, families: str = "4", host: str = "")
         if pair.client == "ours" and not host:
             ssh = home / "ssh"  # a login that has nothing to do any more
             ssh.write_text(f'#!/bin/sh\n[ "$1" = -G ] && exec echo hostname {SERVER_NAME}\n'
-                           f"echo MOSH SSH_CONNECTION 10.0.0.1 50000 {SERVER_4} 22\n"
+                           f'echo "$MOSH_TOKEN SERVER it"; echo "$MOSH_TOKEN ADDRESS 10.0.0.1 50000 {SERVER_4} 22"\n'
                            f"echo MOSH CONNECT {server.port} {server.key}\n")  # fmt: skip
             ssh.chmod(0o700)
             command = [*peers.ours_command(), f"--ssh={shlex.quote(str(ssh))}", SERVER_NAME]
