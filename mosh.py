@@ -985,7 +985,7 @@ class FragmentAssembly:
 #   the pacing as well, so frames to a peer that is out of reach become rare, and keys, which are cheap, do not. The
 #   first datagram heard again ends it: what the peer lacks is sent at once, see above.
 
-COLLECT_MS = {"server": 7, "client": 1}  # changes are gathered this long; stock's 8, less what Python takes to send
+COLLECT_MS = {"server": 7, "client": 0}  # changes are gathered this long; stock's 8 and 1, less what Python takes
 QUIET_MS = 2  # and a few bytes, such as an echo, until so long no more of them have come
 ACK_INTERVAL_MS = 3_000  # an idle peer still hears from us this often, which keeps NAT mappings open
 ACK_DELAY_MS = 100  # an ack waits this long for data to ride on; also slack on top of the RTO

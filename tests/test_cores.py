@@ -538,7 +538,7 @@ def test_an_echo_ack_is_not_early(sim: Simulation) -> None:
     sim.client.type("x")
     sim.run(ms=1)
     num = sim.client.core.transport.last_sent_num
-    sim.run(ms=10 + 49)
+    sim.run(ms=10 + 48)
     sim.server.write(b"output in between")
     sim.run(ms=0)
     assert sim.server.core.transport.sender.current.echo_ack < num
