@@ -64,8 +64,9 @@ lint: $(VENV)/.tools ## check style and types
 	$(VENV)/bin/python -m ruff check $(SOURCES)
 	$(VENV)/bin/python -m mypy --config-file .mypy.ini $(SOURCES)
 
-sim: $(VENV)/.tools ## simulate 10,000 sessions on bad networks; SEED=n repeats one
+sim: $(VENV)/.tools peers ## simulate 10,000 sessions on bad networks, and compare 13,000 screens with stock; SEED=n repeats one session
 	PYTHONPATH=. $(VENV)/bin/python tests/random_sessions.py $(if $(SEED),--seed $(SEED))
+	$(if $(SEED),,MOSH_SIM_LONG=1 $(PYTEST) -s tests/test_differential.py)
 
 bench: $(VENV)/.tools mosh.pyz peers ## measure against stock mosh and plain ssh
 	@for bench in tests/bench*.py; do \
