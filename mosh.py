@@ -1012,6 +1012,7 @@ SENT_DROP = 16  # which one, counted from the newest
 RECEIVED_LIMIT = 1_024  # states kept for the peer's diffs; beyond it only one more is taken per quench time
 RECEIVED_LIMIT_WEIGHT = 1 << 25  # the same for what they weigh together: 1024 screens of 180x180, 32 of a million cells
 QUENCH_MS = 15_000
+DIFF_LIMIT_BYTES = INSTRUCTION_LIMIT_BYTES - 1_024  # beyond it a state is sent by parts; 100,000 cells of two colours
 RESEND_LIMIT_BYTES, RESEND_EXTRA_BYTES = 1_000, 100  # diff from what is known to be there if it costs no more than this
 
 # While an address may not be sent much (section 5), a diff that is too large waits, and a probe goes instead: a diff
@@ -1033,6 +1034,9 @@ class State(Protocol):
 
     def applied(self: Remote, diff: bytes) -> Remote:
         """Return a new state: this one with a peer's message applied. Raises PacketError."""
+
+    def part_way(self: Local, base: Local) -> Local:
+        """Return a state about half as far from `base` as this one, or this one if there is none."""
 
     def forget_before(self, base: Any) -> None:
         """Everything before `base` has arrived: no diff will start from an earlier state."""
@@ -1187,11 +1191,12 @@ class Sender(Generic[Local]):
         if not ack_due and (self._next_send_at is None or now < self._next_send_at):
             return None
         base, diff = self._best_diff()
-        if not diff and not ack_due:
+        if not diff and not ack_due and self.current == self.sent[-1].state:
             self._next_send_at = self._changed_at = None
             return None
+        state, diff = self._sendable(base.state, diff)
         if room_bytes is None or 0 < len(diff) <= room_bytes:
-            return self._send(base, diff, now, self.current)
+            return self._send(base, diff, now, state)
         known = self.sent[0]
         return self._send(known, PROBE_DIFF if self.shutdown_at is None else b"", now, known.state)
 
@@ -1207,6 +1212,17 @@ class Sender(Generic[Local]):
             if not diff or extra <= 0 or (len(full) < RESEND_LIMIT_BYTES and extra < RESEND_EXTRA_BYTES):
                 return self.sent[0], full
         return base, diff
+
+    def _sendable(self, base: Local, diff: bytes) -> tuple[Local, bytes]:
+        """Return the state to send and its diff from `base`: `current`, or one on the way there that is not too large."""
+        state = self.current
+        while len(diff) > DIFF_LIMIT_BYTES:
+            nearer = state.part_way(base)
+            shorter = nearer.diff_from(base)
+            if len(shorter) >= len(diff):
+                break
+            state, diff = nearer, shorter
+        return state, diff
 
     def _send(self, base: NumberedState[Local], diff: bytes, now: int, state: Local) -> Instruction:
         last = self.sent[-1]
@@ -3711,6 +3727,10 @@ class UserStream:
                 events.append(Hello.decode(fields[HELLO]))
         return self.with_events(events)
 
+    def part_way(self, base: UserStream) -> UserStream:
+        """See State."""
+        return UserStream(self._log, (self.length + base.length + 1) // 2)
+
     def forget_before(self, base: UserStream) -> None:
         """See State."""
         log = self._log
@@ -3791,6 +3811,16 @@ class TerminalState:
                 if value < self.echo_ack:
                     raise PacketError("echo ack goes backwards")
                 self.echo_ack = value
+
+    def part_way(self, base: TerminalState) -> TerminalState:
+        """See State: a screen of which only the upper half of what is new can be seen."""
+        new, old = TerminalState(self.emulator.copy(), base.echo_ack, self.hello), base.emulator.copy()
+        old.resize(new.framebuffer.width, new.framebuffer.height)
+        rows, old_rows = new.framebuffer.rows, old.framebuffer.rows
+        changed = [row for row in range(len(rows)) if rows[row] != old_rows[row]]
+        for row in changed[(len(changed) + 1) // 2 :]:
+            rows[row] = old_rows[row]
+        return new
 
     def forget_before(self, base: TerminalState) -> None:
         """See State; a screen has no history."""

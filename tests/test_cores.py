@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from typing import Any
 
@@ -977,3 +978,31 @@ def test_an_old_datagram_from_elsewhere_makes_the_server_neither_move_nor_speak(
         sim.inject(sim.server, old, NEW_ADDRESS)
     sim.run(ms=100)
     assert sim.server.peer == HOME_ADDRESS and len(sim.sent(TO_CLIENT)) <= count + 1
+
+
+# -- what is too large for one instruction ---------------------------------------------------------------------
+
+
+def test_a_screen_too_large_for_one_instruction_comes_in_parts(
+    sim: Simulation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mosh, "DIFF_LIMIT_BYTES", 6_000)
+    sim.client.resize(150, 50)
+    sim.run_until(lambda: sim.settled, limit_ms=5_000)
+    cells = ("\x1b[38;2;{};{};{}m#".format(*random.Random(n).choices(range(256), k=3)) for n in range(50 * 149))
+    before = sim.server.core.transport.last_sent_num
+    sim.server.write(b"\x1b[H" + "".join(cells).encode())
+    sim.run_until(lambda: sim.settled, limit_ms=60_000)
+    diffs = [sent.instruction.diff for sent in sim.sent(mosh.TO_CLIENT) if sent.instruction.new_num > before]
+    assert max(map(len, diffs)) <= 6_000 and sum(map(len, diffs)) > 50 * 149 * 10
+    assert sim.client.screen == sim.server.screen
+
+
+def test_keys_too_many_for_one_instruction_come_in_parts(sim: Simulation, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mosh, "DIFF_LIMIT_BYTES", 500)
+    text = "".join(random.Random(1).choices("abcdefgh", k=3_000))
+    sim.blackout(ms=2_000)
+    sim.client.type(text + "\r")
+    sim.run_until(lambda: sim.settled, limit_ms=60_000)
+    assert bytes(sim.server.program.received) == text.encode() + b"\r"
+    assert max(len(sent.instruction.diff) for sent in sim.sent(mosh.TO_SERVER)) <= 500

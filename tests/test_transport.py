@@ -47,6 +47,9 @@ class Note:
         assert base == self.text, f"a diff from {base!r} was applied to {self.text!r}"
         return Note(text)
 
+    def part_way(self, base: Note) -> Note:
+        return Note(self.text[: (len(base.text) + len(self.text) + 1) // 2])
+
     def forget_before(self, base: Note) -> None:
         self.forgotten = base
 
@@ -223,6 +226,18 @@ def test_a_few_bytes_are_sent_as_soon_as_no_more_follow(writes: list[tuple[int, 
         peer.transport.set_current(Note(f"after {after_ms}"), now=peer.now, fresh_bytes=size)
     (sent,) = peer.listen(until=2_020)
     assert sent[0] == 2_000 + sent_at and sent[-1] == f">after {writes[-1][0]}"
+
+
+def test_a_change_that_is_taken_back_is_told_at_once() -> None:
+    """From what the peer is known to have the diff is empty then, but it may have the change."""
+    peer = _connected(rtt_ms=40)
+    known = peer.transport.sender.current.text
+    peer.transport.set_current(Note("changed"), now=1_000)
+    (change,) = peer.listen(until=1_004)
+    peer.transport.set_current(Note(known), now=1_005)
+    (back, *_) = peer.listen(until=1_100)
+    assert back[0] < 1_100 and back[1] == change[1] and back[2] == change[2] + 1 and back[-1] == ""
+    assert peer.listen(until=3_000) == []
 
 
 @pytest.mark.parametrize(("rtt_ms", "interval_ms"), [(10, 20), (100, 50), (400, 200), (2_000, 250)])
