@@ -1214,7 +1214,7 @@ class Sender(Generic[Local]):
         return base, diff
 
     def _sendable(self, base: Local, diff: bytes) -> tuple[Local, bytes]:
-        """Return the state to send and its diff from `base`: `current`, or one on the way there that is not too large."""
+        """Return the state to send and its diff from `base`: `current`, or one on the way there if that is too far."""
         state = self.current
         while len(diff) > DIFF_LIMIT_BYTES:
             nearer = state.part_way(base)
