@@ -546,7 +546,8 @@ class Channel:
 # when answers stop is to try a new local port, since NATs forget, and the server's other addresses (section 15).
 #
 # Whoever can hold up a client's datagram can deliver it from somebody else's address, and have the server flood that.
-# So an address that the server has moved to gets only a few times the bytes that came from it, until it is heard again.
+# So an address that the server has moved to gets only a few times the bytes that came from it, until something that was
+# sent there is acknowledged.
 
 RTT_LIMIT_MS = 5_000  # a longer sample says that a laptop slept, not that the path is long
 RTO_MS = (50, 1_000)  # bounds of the retransmission timeout
@@ -562,7 +563,7 @@ MAX_OLD_PORT_AGE_MS = 60_000  # and closes the old ones after this
 MAX_PORTS = 10
 
 LOSS_WINDOW = 64  # how many of the peer's newest datagrams tell how lossy the path is
-LOSS_RUN = 4  # more than this lost in a row is an outage, which says little about what comes after it
+LOSS_RUN = 3  # more than this lost in a row is an outage, which says little about what comes after it
 
 # Payload sizes: what fits the smallest path worth expecting (1280 bytes), and what to do when even that does not. A
 # path may drop what is too large without a word, so nothing is believed but acks: an instruction that needed large
@@ -666,7 +667,7 @@ class PathMtu:
 
     def acknowledged(self, num: int, now: int) -> None:
         """The peer has state `num`."""
-        if num in self._large_nums:
+        if self._large_nums and num >= self._large_nums[0]:  # no diff of a later state was small without that one
             self._large_nums = deque((other for other in self._large_nums if other > num), maxlen=MTU_NUMS)
             self._unacked_since = now
         if num == self._probe_num:
@@ -707,8 +708,8 @@ class DatagramLayer:
         # whom to answer
         self.peers: list[Address] = []  # a server has at most one; a client may try several candidates
         self.last_heard_at: int | None = None  # arrival of the newest authentic datagram
-        self._proven_peer: Address | None = None  # the last address that was heard again
-        self.allowance_bytes: int | None = None  # what may still go to an address not yet heard again; None: anything
+        self._proven_peer: Address | None = None  # the last address at which the peer surely was
+        self.allowance_bytes: int | None = None  # what may still go to an address that is not proven; None: anything
         # timestamps
         self._saved_timestamp: int | None = None
         self._saved_at = 0
@@ -739,10 +740,16 @@ class DatagramLayer:
         """Decide how much may go to where a newest datagram, of `size` bytes, has come from."""
         if not self._is_server:
             return
-        if self.last_heard_at is None or source in (*self.peers, self._proven_peer):
+        if self.last_heard_at is None or source == self._proven_peer:
             self._proven_peer, self.allowance_bytes = source, None
+        elif source in self.peers and self.allowance_bytes is not None:
+            self.allowance_bytes += AMPLIFICATION_LIMIT * size
         else:
             self.allowance_bytes = AMPLIFICATION_LIMIT * size
+
+    def address_proven(self) -> None:
+        """What was sent to the present address since the peer moved there has been acknowledged."""
+        self._proven_peer, self.allowance_bytes = self.peers[0], None
 
     def _take_timestamps(self, timestamp: int, reply: int, now: int, congested: bool) -> None:
         if timestamp != NO_TIMESTAMP:
@@ -994,6 +1001,7 @@ assert COLLECT_MS["client"] <= QUIET_MS < COLLECT_MS["server"]
 assert max(COLLECT_MS.values()) < ACK_DELAY_MS < ACK_INTERVAL_MS
 
 LOSSY_COUNT = 4  # so many of LOSS_WINDOW datagrams lost make a path lossy, and then
+assert LOSS_RUN < LOSSY_COUNT  # one outage does not
 LOSSY_COPIES = 2  # a small diff is sent so often in quick succession,
 LOSSY_COPY_MS = (10, 50)  # after SRTT/8 within these bounds, far enough apart for a burst of losses to pass
 QUICK_DIFF_BYTES = 200  # which diffs are small in this respect: keys, a line of output
@@ -1073,6 +1081,7 @@ class Sender(Generic[Local]):
         self._fresh_bytes = 0  # of what made it differ, as far as that is known
         self._fresh_at = now  # when the newest of them came
         self._unacked_since: int | None = None  # when a change was first sent that no ack has answered in any part
+        self._held_until = now  # a diff was too large for an address that is not proven, and a probe has gone instead
         self._resend_now = False  # the peer has been heard, and lacks what it should have by now
         self._last_diff_bytes = 0
         self._copies = 0  # how often the last state has been sent
@@ -1097,7 +1106,8 @@ class Sender(Generic[Local]):
         if self.current != last.state:
             if self._changed_at is None:
                 self._changed_at = now
-            self._next_send_at = max(self._collected_at(self._changed_at), self._debt_at + self._pacing_ms(now))
+            paced_at = self._debt_at + self._pacing_ms(now)
+            self._next_send_at = max(self._collected_at(self._changed_at), paced_at, self._held_until)
         elif self.current != self.sent[0].state:
             self._changed_at = None
             self._next_send_at = last.at + self._resend_ms(now)
@@ -1175,6 +1185,8 @@ class Sender(Generic[Local]):
 
     def set_current(self, state: Local, fresh_bytes: int, now: int) -> None:
         """Replace `current`; see Transport."""
+        if self.current == self.sent[-1].state:
+            self._fresh_bytes = 0
         self.current = state
         if fresh_bytes:
             self._fresh_bytes += fresh_bytes
@@ -1197,8 +1209,14 @@ class Sender(Generic[Local]):
         state, diff = self._sendable(base.state, diff)
         if room_bytes is None or 0 < len(diff) <= room_bytes:
             return self._send(base, diff, now, state)
-        known = self.sent[0]
-        return self._send(known, PROBE_DIFF if self.shutdown_at is None else b"", now, known.state)
+        if self.sent[-1].num == LAST_STATE_NUM:  # behind which no other number can come
+            if not diff:
+                return self._send(base, diff, now, state)
+            self.sent[-1].at = self._next_ack_at = now
+            return None
+        if diff:
+            self._held_until = now + self._round_trip.rto_ms
+        return self._send(self._assumed, PROBE_DIFF, now, self._assumed.state)
 
     def _best_diff(self) -> tuple[NumberedState[Local], bytes]:
         """Diff from the assumed state, or from the acknowledged one where that costs little and is safer.
@@ -1228,7 +1246,8 @@ class Sender(Generic[Local]):
         last = self.sent[-1]
         # an empty ack takes a number of its own, and so does a probe
         retransmission = diff not in (b"", PROBE_DIFF) and state == last.state and not self.hurried
-        num = LAST_STATE_NUM if self.shutdown_at is not None else last.num if retransmission else last.num + 1
+        is_last = self.shutdown_at is not None and diff != PROBE_DIFF
+        num = LAST_STATE_NUM if is_last else last.num if retransmission else last.num + 1
         if num == last.num:
             last.at = now
             self._copies += 1
@@ -1264,6 +1283,10 @@ class Sender(Generic[Local]):
             self.resend()
             self._unacked_since = self._unacked_since and now  # it can be reached again: what follows need not wait
             self.data_ack_due = self.data_ack_due or bool(instruction.diff)  # it may be a repeat: our ack was lost
+
+    def release(self) -> None:
+        """The peer's address is proven: what was held may go."""
+        self._held_until = 0
 
     def resend(self) -> None:
         """What was sent last has been lost."""
@@ -1335,13 +1358,18 @@ class Transport(Generic[Local, Remote]):
         self._random_bytes = random_bytes
         self._train: deque[tuple[int, Fragment]] = deque()  # (due at, fragment) of the instruction being sent
         self._train_mtu_bytes = datagrams.mtu_bytes  # what it was cut for
+        self._train_ack_num = 0  # what it acknowledges
+        self._proof_num = 0  # the first state sent to the peer's present address: its ack proves the address
 
     # -- bytes in
 
     def receive_datagram(self, data: bytes, source: Address, now: int, congested: bool = False) -> None:
         """Take in one UDP payload from `source`. Raises PacketError; the session goes on as if it had not come."""
         try:
+            peers = self.datagrams.peers
             payload = self.datagrams.receive_datagram(data, source, now, congested)
+            if self.datagrams.peers != peers:
+                self._proof_num = self.sender.sent[-1].num + 1
             self.stats["received"] += 1
             self.stats["bytes_received"] += len(data)
             instruction = self._assembly.add(Fragment.decode(payload))
@@ -1360,6 +1388,9 @@ class Transport(Generic[Local, Remote]):
         sender.process_ack(instruction.ack_num, now)
         self.datagrams.mtu.acknowledged(instruction.ack_num, now)
         self.datagrams.last_round_trip_at = sender.sent[0].at
+        if self.datagrams.allowance_bytes is not None and instruction.ack_num >= self._proof_num:
+            self.datagrams.address_proven()
+            sender.release()
         if self.receiver.receive(instruction, now):
             sender.ack_num = instruction.new_num
             unproven = self.datagrams.allowance_bytes is not None  # an address that a probe shall prove soon
@@ -1393,14 +1424,15 @@ class Transport(Generic[Local, Remote]):
         self.stats["sent"] += len(out)
         self.stats["bytes_sent"] += sum(map(len, out))
         self.sender.update_timers(now)
-        if self.sender.ack_num == LAST_STATE_NUM and out and not self._train:
+        if self._train_ack_num == LAST_STATE_NUM and out and not self._train:
             self._close(clean=True)  # the peer hears that we know or it does not; neither waits for the other
         return out
 
     def _start_train(self, now: int) -> None:
         """Line up the fragments of the instruction that is due, if one is."""
         mtu = self.datagrams.mtu
-        may_probe, hurried = self.sender.is_idle, self.sender.hurried
+        hurried = self.sender.hurried
+        may_probe = self.sender.is_idle and not hurried
         allowance = self.datagrams.allowance_bytes
         room_bytes = None if allowance is None else allowance - EMPTY_DATAGRAM_BYTES
         instruction = self.sender.instruction_to_send(now, room_bytes)
@@ -1421,7 +1453,7 @@ class Transport(Generic[Local, Remote]):
         if mtu_bytes == mtu.bytes:
             mtu.instruction_sent(instruction.new_num, max(sizes), now)
         self.sender.charge(instruction.diff, sum(sizes), now)
-        self._train_mtu_bytes = mtu.bytes
+        self._train_mtu_bytes, self._train_ack_num = mtu.bytes, instruction.ack_num
         late = max(1, len(fragments) - BURST_DATAGRAMS + 1)
         interval = self.datagrams.round_trip.frame_interval_ms
         self._train.extend(
@@ -3955,7 +3987,7 @@ class CellPrediction:
 
 
 class PredictionEngine:
-    """Predicts the effect of keystrokes. A ParserSink for the user's keys."""
+    """Predicts the effect of keystrokes."""
 
     def __init__(self, mode: PredictionMode, overwrite: bool, codebook: Codebook) -> None:
         self.mode = mode
@@ -4524,9 +4556,11 @@ class ServerCore:
     def receive_datagram(self, data: bytes, source: Address, now: int, congested: bool = False) -> None:
         """Take in one datagram. Raises PacketError, which is only worth counting."""
         before = self.peer
-        self.transport.receive_datagram(data, source, now, congested)
-        if self.peer != before:
-            self.transport.hurry(now)  # what went to the old address is lost, and the client waits for a sign
+        try:
+            self.transport.receive_datagram(data, source, now, congested)
+        finally:
+            if self.peer != before:
+                self.transport.hurry(now)  # what went to the old address is lost, and the client waits for a sign
         if self.transport.remote.num != self._user_num:
             self._take_user_state(now)
 
@@ -5253,16 +5287,21 @@ def send_failure(error: OSError) -> SendFailure:
     return _SEND_FAILURES.get(error.errno or 0, SendFailure.REFUSED)
 
 
-class UdpSocket:
-    """A UDP socket with the options both ends use.
+class PeerAddress(tuple):  # type: ignore[type-arg]
+    """Where a datagram came from, as the system has it; equal to any other such tuple.
 
-    Addresses are the system's. On a socket bound to any address, what the datagram came to follows in the same tuple,
-    as the ancillary data that makes an answer leave from there.
+    `arrived_at`: what it came to, if we are bound to any address, as the ancillary data that makes an answer leave from
+    there.
     """
+
+    arrived_at: tuple[int, int, bytes] | None = None
+
+
+class UdpSocket:
+    """A UDP socket with the options both ends use."""
 
     def __init__(self, family: int) -> None:
         self.family = family
-        self._tells_target = False
         self._socket = socket.socket(family, socket.SOCK_DGRAM)
         self._socket.setblocking(False)
         self._set_option(socket.IPPROTO_IP, socket.IP_TOS, _ECN_CAPABLE)
@@ -5283,16 +5322,15 @@ class UdpSocket:
             self._set_option(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         self._socket.bind((host, port))
         if host in ("::", "0.0.0.0"):
-            self._ask_for_targets()
+            self._ask_what_was_reached()
 
-    def _ask_for_targets(self) -> None:
+    def _ask_what_was_reached(self) -> None:
         level, option = socket.IPPROTO_IP, _IP_PKTINFO
         if self.family == socket.AF_INET6:
             level, option = socket.IPPROTO_IPV6, _IPV6_RECVPKTINFO
         if option is not None:  # where the system has neither it chooses the source of an answer itself
             with contextlib.suppress(OSError):
                 self._socket.setsockopt(level, option, 1)
-                self._tells_target = True
 
     @property
     def port(self) -> int:
@@ -5305,13 +5343,13 @@ class UdpSocket:
 
     def send(self, data: bytes, address: Address) -> None:
         """Send one datagram. Raises OSError; see send_failure."""
-        if self._tells_target:
-            *address, source = address
+        arrived_at = address.arrived_at if isinstance(address, PeerAddress) else None
+        if arrived_at is not None:
             try:
-                self._socket.sendmsg([data], [source] if source else [], 0, tuple(address))
+                self._socket.sendmsg([data], [arrived_at], 0, tuple(address))
                 return
             except OSError as error:
-                if not source or send_failure(error) is not SendFailure.NO_PATH:
+                if send_failure(error) is not SendFailure.NO_PATH:
                     raise
         self._socket.sendto(data, tuple(address))  # the address that it should leave from may have gone
 
@@ -5322,15 +5360,16 @@ class UdpSocket:
         except OSError:  # nothing there, or an ICMP error that a datagram of ours provoked
             return None
         congested = False
-        target = None
+        address = PeerAddress(source)
         for level, kind, value in ancillary:
             if (level, kind) == (socket.IPPROTO_IP, _IP_PKTINFO) and len(value) == _PKTINFO_4.size:
-                target = level, kind, _PKTINFO_4.pack(0, _PKTINFO_4.unpack(value)[1], b"")  # by whatever interface
+                ours = _PKTINFO_4.unpack(value)[1]  # by whatever interface it came
+                address.arrived_at = level, kind, _PKTINFO_4.pack(0, ours, b"")
             elif (level, kind) == (socket.IPPROTO_IPV6, _IPV6_PKTINFO) and len(value) == _PKTINFO_6.size:
-                target = level, kind, _PKTINFO_6.pack(_PKTINFO_6.unpack(value)[0], 0)
+                address.arrived_at = level, kind, _PKTINFO_6.pack(_PKTINFO_6.unpack(value)[0], 0)
             elif level == socket.IPPROTO_IP and value:
                 congested = value[0] & _ECN_CONGESTED == _ECN_CONGESTED
-        return data, (*source, target) if self._tells_target else source, congested
+        return data, address, congested
 
     def close(self) -> None:
         """Close it."""
@@ -5786,7 +5825,7 @@ class Server:
         deadlines = [self._core.next_timeout()]
         if self._core.phase is Phase.CONNECTING:
             deadlines.append(self._started_at + FIRST_CLIENT_MS)
-        if self._network_timeout_ms:
+        if self._network_timeout_ms and self._core.phase is not Phase.CLOSING:
             deadlines.append(self._core.client_heard_at + self._network_timeout_ms)
         return min((deadline for deadline in deadlines if deadline is not None), default=None)
 
@@ -5863,7 +5902,8 @@ class Server:
 
     def _check_timeouts(self, now: int) -> None:
         idle_ms = now - self._core.client_heard_at
-        if self._network_timeout_ms and idle_ms >= self._network_timeout_ms:
+        is_limited = self._network_timeout_ms and self._core.phase is not Phase.CLOSING
+        if is_limited and idle_ms >= self._network_timeout_ms:
             self._log(f"Network idle for {idle_ms // 1000} seconds.")
             self._stop(now)
         if self._core.phase is Phase.CONNECTING and now - self._started_at >= FIRST_CLIENT_MS:
@@ -6444,6 +6484,7 @@ _NOISE_LIMIT_BYTES = 1 << 22  # a host that has printed this much will never com
 _WITH_KEY = r"MOSH CONNECT \S+ \S+"  # security: what looks like a key is not shown
 _PROXY_CHUNK_BYTES = 4096
 SILENCE_LIMIT_MS = 30_000  # an open session says something by then, or never; a loaded small machine needs 5 s
+_SENDS_LIMIT = 12  # a Python that cannot use the program is followed by the next one, which may want it too
 _SESSION_POLL_MS = 500  # how often to look whether the session is open, which only sets the clock for that limit
 PROGRESS_AFTER_MS = 500  # a shorter transfer is nobody's concern
 _PADDING = b"\n" * 16  # for start-up files that read a line; the stager skips what they leave
@@ -6669,7 +6710,8 @@ _PUSH = (
     _REPORT_ADDRESS + f"for p in {_PYTHONS}; do command -v $p >/dev/null 2>&1 || continue; "
     "$p -X no_debug_ranges "
     '-ISc "import sys,zlib;a=sys.argv;exec(zlib.decompress(bytes.fromhex(str().join(a[4:4+int(a[3])]))))" "$@"; '
-    f'r=$?; case $r in {_NEXT_PYTHON}|126|127) ;; {NO_CIPHER}) echo; echo "$1 NOCIPHER $p";; *) exit $r;; esac; done; '
+    f'r=$?; case $r in {_NEXT_PYTHON}|126|127) ;; 1) $p -ISc "import zlib" 2>/dev/null && exit 1;; '
+    f'{NO_CIPHER}) echo; echo "$1 NOCIPHER $p";; *) exit $r;; esac; done; '
     "t=$1; shift $(($3+3)); " + _FIND_STOCK
 )
 _FIND_SERVER = (
@@ -6859,7 +6901,9 @@ class Announcement:
         _, marked, text = line.rstrip().partition(self._token + " ")
         if marked:
             kind, _, rest = text.partition(" ")
-            match = re.fullmatch(_ANNOUNCEMENTS[kind], rest) if kind in _ANNOUNCEMENTS else None
+            if kind not in _ANNOUNCEMENTS:
+                return False  # it quotes our command
+            match = re.fullmatch(_ANNOUNCEMENTS[kind], rest)
             if match is None:
                 raise BootstrapError(f"the {kind[:20]!a} line of the host is malformed")
             self.said[kind] = match
@@ -6915,6 +6959,7 @@ class Login:
         self._heard_at: int | None = None  # when the host was last heard; None while ssh is still logging in
         self._asked_at: int | None = None  # when the program was asked for
         self._packed_bytes = 0
+        self._sent_count = 0
         self._progress_shown = False
         self._noise_bytes = 0
 
@@ -7008,7 +7053,9 @@ class Login:
         assert self._program is not None
         packed = self._program.packed()
         self._packed_bytes = len(packed)
+        self._sent_count += 1
         self._asked_at = now
+        self.announcement.said.pop("GOT", None)
         self._to_send = memoryview(f"{self._token} {len(packed)}\n".encode("ascii") + packed)
 
     def _show_progress(self) -> None:
@@ -7081,7 +7128,8 @@ class Login:
         """Send the program if it is wanted, say so if that takes long, give up on a host that says nothing."""
         if self._options.local:
             return
-        if "NEED" in self.announcement.said and self._asked_at is None and self._program is not None:
+        needed = self.announcement.said.pop("NEED", None) is not None
+        if needed and self._program is not None and self._sent_count < _SENDS_LIMIT:
             self._send_program(now)
         if "SERVER" in self.announcement.said:
             self._end_progress()
@@ -7168,14 +7216,14 @@ class Login:
         return self._options.host.rpartition("@")[2]
 
     def close(self) -> None:
-        """Let go of the processes; ssh has ended long ago unless something is wrong with it."""
+        """Let go of the processes. After a login ssh may go on for as long as other sessions share its connection."""
         self._end_progress()
         self._close_stdin()
         for process in (self._process, self._lookup):
             if process is not None:
-                if process.poll() is None:
+                if process.poll() is None and not (process is self._process and self.announcement.complete):
                     process.terminate()
-                process.wait()
+                    process.wait()
                 for pipe in (process.stdout, process.stderr):
                     if pipe is not None:
                         pipe.close()

@@ -1006,3 +1006,93 @@ def test_keys_too_many_for_one_instruction_come_in_parts(sim: Simulation, monkey
     sim.run_until(lambda: sim.settled, limit_ms=60_000)
     assert bytes(sim.server.program.received) == text.encode() + b"\r"
     assert max(len(sent.instruction.diff) for sent in sim.sent(mosh.TO_SERVER)) <= 500
+
+
+# -- seams between the rules -----------------------------------------------------------------------------------
+
+
+def test_commands_now_and_then_on_a_good_path_are_no_black_hole(sim: Simulation) -> None:
+    for delay_ms in (5, 50):
+        sim.link.delay_ms = delay_ms
+        for _ in range(6):
+            sim.client.type("noise 1300\r")
+            sim.run(ms=10_000)
+            assert sim.server.core.transport.datagrams.mtu_bytes > mosh.FALLBACK_MTU_BYTES
+
+
+def test_a_goodbye_during_a_large_frame_is_acknowledged(sim: Simulation) -> None:
+    sim.link.delay_ms = 100
+    sim.run(ms=3_000)
+    colors = ("\x1b[38;2;{};{};{};48;2;{};{};{}m#".format(*random.Random(n).randbytes(6)) for n in range(1_900))
+    sim.server.write(b"\x1b[H" + "".join(colors).encode())
+    sim.run_until(lambda: bool(sim.server.core.transport._train), limit_ms=1_000)
+    sim.link.delay_ms = 10
+    sim.client.quit()
+    took_ms = sim.run_until(lambda: sim.ended, limit_ms=5_000)
+    assert sim.client.core.transport.clean and sim.server.core.transport.clean
+    assert took_ms < 1_000
+
+
+@pytest.mark.parametrize("hurried_bytes", [0, mosh.HURRIED_BYTES])
+def test_a_screen_that_ends_a_session_just_after_a_move_arrives(
+    sim: Simulation, monkeypatch: pytest.MonkeyPatch, hurried_bytes: int
+) -> None:
+    monkeypatch.setattr(mosh, "HURRIED_BYTES", hurried_bytes)
+    sim.run(ms=1_000)
+    sim.client.move_to(NEW_ADDRESS)
+    sim.client.type("x")
+    sim.run_until(lambda: sim.server.peer == NEW_ADDRESS, limit_ms=1_000)
+    sim.server.write(b"\x1b[H" + random.Random(1).randbytes(700).hex().encode() + b" the end")
+    sim.server.quit()
+    sim.run_until(lambda: sim.ended, limit_ms=10_000)
+    assert "the end" in sim.client.screen.text and sim.client.core.transport.clean
+
+
+def test_datagrams_held_up_and_delivered_from_elsewhere_prove_nothing(sim: Simulation) -> None:
+    sim.run(ms=1_000)
+    victim = ("203.0.113.66", 6_666)
+    sim.link.loss = 1.0
+    for keys in "abc":
+        sim.client.type(keys)
+        sim.run(ms=300)
+    held = sim.datagrams(TO_SERVER)[-3:]
+    for datagram in held:
+        sim.inject(sim.server, datagram, victim)
+    assert sim.server.peer == victim
+    sent = len(sim.datagrams(TO_CLIENT))
+    for n in range(100):
+        sim.server.write(random.Random(n).randbytes(500).hex().encode())
+        sim.run(ms=100)
+    assert sum(map(len, sim.datagrams(TO_CLIENT)[sent:])) <= mosh.AMPLIFICATION_LIMIT * sum(map(len, held))
+
+
+def test_one_outage_does_not_make_a_path_lossy(sim: Simulation) -> None:
+    sim.run(ms=1_000)
+    sim.blackout(ms=10_000)
+    sim.client.type("typed in the dark\r", every_ms=400)
+    sim.run(ms=12_000)
+    for end in (sim.client, sim.server):
+        assert 0 < end.core.transport.datagrams.arrivals.lost_count < mosh.LOSSY_COUNT or end is sim.client
+
+
+def test_the_first_datagram_on_another_network_is_no_probe() -> None:
+    sim = Roamer()
+    sim.run(ms=1_000)
+    sim.client.core.transport.datagrams.mtu.shrink()
+    sim.run(ms=9_000)
+    sim.blackout(ms=60_000)
+    sim.run(ms=60_000)
+    sim.client.move_to(NEW_ADDRESS)
+    sim.roaming.network_changed(sim.now)
+    sent = len(sim.datagrams(TO_SERVER))
+    sim.run(ms=1)
+    assert len(sim.datagrams(TO_SERVER)[sent]) <= mosh.FALLBACK_MTU_BYTES
+
+
+def test_output_that_changed_nothing_does_not_delay_an_echo(sim: Simulation) -> None:
+    sim.run(ms=1_000)
+    sim.server.write(b"\x1b[m" * 30)
+    sim.run(ms=100)
+    sim.server.write(b"e")
+    took_ms = sim.run_until(lambda: "e" in sim.client.screen.text, limit_ms=100)
+    assert took_ms <= sim.link.delay_ms + mosh.QUIET_MS + 1

@@ -355,9 +355,12 @@ def test_an_answer_leaves_from_another_address_if_the_one_asked_has_gone() -> No
     client.send(b"hello", ("127.0.0.1", udp.port))
     received = _received(udp)
     assert received is not None
-    gone = socket.IPPROTO_IP, mosh._IP_PKTINFO, mosh._PKTINFO_4.pack(0, socket.inet_aton("198.51.100.99"), b"")
-    udp.send(b"back", (*received[1][:2], gone))
-    udp.send(b"again", (*received[1][:2], None))
+    asked = received[1]
+    assert isinstance(asked, mosh.PeerAddress) and asked.arrived_at is not None and asked == tuple(asked)
+    gone = socket.IPPROTO_IP, asked.arrived_at[1], mosh._PKTINFO_4.pack(0, socket.inet_aton("198.51.100.99"), b"")
+    asked.arrived_at = gone
+    udp.send(b"back", asked)
+    udp.send(b"again", tuple(asked))
     assert [answer[0] for answer in (_received(client), _received(client)) if answer] == [b"back", b"again"]
     udp.close()
     client.close()
