@@ -5446,8 +5446,8 @@ def own_program() -> list[str]:
 
 # -- the private cache, and the crypto library that mosh.pyz may have to unpack there
 
-# What a program keeps where only its user can write. It is text, since it also travels to hosts (section 19), as a part
-# of a program that is older than this one's imports. Comments do not travel.
+# What is kept lies where only the user can write. This is text, since it also travels to hosts, as a part of the stager
+# (section 19): one set of rules for both. Comments do not travel.
 _PRIVATE_CACHE = r"""
 import os
 uid = os.geteuid()
