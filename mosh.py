@@ -256,7 +256,8 @@ def inflate(data: bytes) -> bytes:
 # channel belongs to one process: it is made after the last fork, and should there be another, the copy is retired.
 #
 # We write no cipher. Two libraries can serve: the `cryptography` package, or the OpenSSL libcrypto that the
-# interpreter itself is linked with, which every ordinary Python has and which needs nothing installed.
+# interpreter itself is linked with, which every ordinary Python has and which needs nothing installed. Finding one is
+# a matter of the outside world (section 16).
 
 BLOCK_BYTES = 16
 REKEY_LIMIT_BLOCKS = 2**47  # OCB's bound on blocks under one key; nobody types that much
@@ -438,9 +439,6 @@ class LibcryptoCipher:
         return self._buffer.raw[:size]
 
 
-CIPHERS: tuple[Callable[[bytes], Cipher], ...] = (CryptographyCipher, LibcryptoCipher)
-
-
 def _known_answers() -> Iterator[tuple[bytes, bytes, bytes, bytes]]:
     """Yield (key, nonce, plaintext, sealed). Source: RFC 7253 appendix A, the rows without associated data."""
     raw_key = bytes(range(16))
@@ -468,32 +466,6 @@ def check_cipher(make: Callable[[bytes], Cipher]) -> None:
     except AuthenticationError:
         return
     raise OSError("a forged message was accepted")
-
-
-def choose_cipher(wanted: str = "") -> Callable[[bytes], Cipher]:
-    """Return the first backend that works, or the one named `wanted`. Raises BootstrapError naming every reason."""
-    names = [make.name for make in CIPHERS]  # type: ignore[attr-defined]
-    if wanted not in ("", *names):
-        raise BootstrapError(f"MOSH_CRYPTO is {wanted!a}; it can be {' or '.join(names)}")
-    reasons = []
-    for attempt in ("as started", "with site-packages"):
-        for name, make in zip(names, CIPHERS):
-            if wanted not in ("", name):
-                continue
-            try:
-                check_cipher(make)
-            except (ImportError, OSError, AttributeError, ValueError) as error:
-                reasons.append(f"{name} ({attempt}): {error}")
-            except Exception as error:  # `cryptography` has an exception class of its own for what OpenSSL refuses
-                reasons.append(f"{name} ({attempt}): {type(error).__name__}")
-            else:
-                return make
-        if not sys.flags.no_site:
-            break
-        import site  # the interpreter was started with -S, which hides installed packages: look again with them
-
-        site.main()
-    raise BootstrapError("no AES-128-OCB on this machine; " + "; ".join(reasons), NO_CIPHER)
 
 
 class Channel:
@@ -5541,6 +5513,299 @@ def own_program() -> list[str]:
     return [sys.executable, os.path.abspath(getattr(loader, "archive", None) or __file__)]
 
 
+# -- the private cache, and the crypto library that mosh.pyz may have to unpack there
+
+# What is kept lies where only the user can write. This is text, since it also travels to hosts, as a part of the stager
+# (section 19): one set of rules for both. Comments do not travel.
+_PRIVATE_CACHE = r"""
+import os
+uid = os.geteuid()
+
+def places():
+    # Where to look and to keep, as (folder, name in it).
+    env = os.environ.get
+    home = env("HOME", "")
+    try:
+        if os.stat(home).st_uid != uid:
+            home = ""
+    except (OSError, ValueError):
+        home = ""
+    if not home:
+        import pwd
+        try:
+            home = pwd.getpwuid(uid).pw_dir
+        except KeyError:
+            pass
+    named = "mosh.py-%d" % uid
+    for folder, name in (
+        (env("XDG_CACHE_HOME", ""), "mosh.py"), (home and home + "/.cache", "mosh.py"),
+        (env("XDG_RUNTIME_DIR", ""), named), (env("TMPDIR", ""), named), ("/tmp", named), ("/var/tmp", named),
+    ):
+        if folder[:1] == "/":
+            yield os.path.realpath(folder), name
+
+def enter(folder, name, create):
+    # Returns a descriptor of a folder that nobody else can change or replace. Raises OSError.
+    if create:
+        if name == "mosh.py":
+            os.makedirs(folder, 0o700, exist_ok=True)
+        try:
+            os.mkdir(folder + "/" + name, 0o700)
+        except FileExistsError:
+            pass
+    directory = os.open(folder + "/" + name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        found = os.fstat(directory)
+        good = found.st_uid == uid and not found.st_mode & 0o22
+        while good and folder:
+            found = os.stat(folder)
+            good = found.st_uid in (0, uid) and (not found.st_mode & 0o22 or found.st_mode & 0o1000)
+            folder = folder.rpartition("/")[0]
+        if not good:
+            raise OSError("not private")
+    except BaseException:
+        os.close(directory)
+        raise
+    return directory
+
+def read(directory, name):
+    # Returns an entry and notes that it is in use. Raises OSError if it is not ours alone.
+    entry = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=directory)
+    with open(entry, "rb") as file:
+        found = os.fstat(entry)
+        if found.st_mode & 0o170022 != 0o100000 or found.st_uid != uid:
+            raise OSError("not private")
+        try:
+            os.utime(entry)
+        except OSError:
+            pass
+        return file.read()
+
+def keep(directory, name, data, most):
+    # Never writes into an entry, which may be in use, but replaces it. Of its kind `most` stay. Raises OSError.
+    draft = ".%s.%s" % (name, os.urandom(8).hex())
+    try:
+        file = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600, dir_fd=directory)
+        with open(file, "wb", 0) as raw:
+            while data:
+                data = data[raw.write(data):]
+            os.fsync(file)
+        os.rename(draft, name, src_dir_fd=directory, dst_dir_fd=directory)
+    except OSError:
+        try:
+            os.unlink(draft, dir_fd=directory)
+        except OSError:
+            pass
+        raise
+    try:
+        prune(directory, name.partition("-")[0], most)
+    except OSError:
+        pass
+    return True
+
+def prune(directory, kind, most):
+    # Keep those entries that were used last; a draft younger than a day may belong to a program that has just started.
+    import time
+    found = []
+    for other in os.listdir(directory):
+        if other.lstrip(".").partition("-")[0] == kind:
+            used = os.stat(other, dir_fd=directory, follow_symlinks=False).st_mtime
+            if other[0] != ".":
+                found.append((used, other))
+            elif used < time.time() - 86400:
+                os.unlink(other, dir_fd=directory)
+    for used, other in sorted(found)[:-most]:
+        os.unlink(other, dir_fd=directory)
+"""
+
+# A library that is loaded must be a file. So the two of the `cryptography` package that mosh.pyz holds are unpacked, at
+# the first start that finds no other AES-OCB; they are named by their sha256, which every start compares. Where the
+# first place will not do (a home that is read-only, or mounted noexec) the next one is tried, in the end memory.
+_NATIVES = "natives"  # the folder in mosh.pyz
+_NATIVES_KEPT = 4  # of either library; one takes 14 MB
+_EXTENSIONS = {  # module: file in the folder of a platform; {} is the suffix for this very Python
+    "_cffi_backend": "_cffi_backend{}",
+    "cryptography.hazmat.bindings._rust": "cryptography/hazmat/bindings/_rust.abi3.so",
+}
+
+
+class _ExtensionFinder:
+    """Lets `import` find extension modules in files of any name."""
+
+    def __init__(self, paths: dict[str, str]) -> None:
+        self._paths = paths
+
+    def find_spec(self, name: str, _path: Any = None, _target: Any = None) -> Any:
+        """See importlib.abc.MetaPathFinder."""
+        if name not in self._paths:
+            return None
+        from importlib.machinery import ExtensionFileLoader, ModuleSpec
+
+        path = self._paths[name]
+        spec = ModuleSpec(name, ExtensionFileLoader(name, path), origin=path)
+        spec.has_location = True
+        return spec
+
+
+class BundledLibraries:
+    """The two libraries in mosh.pyz for this platform and Python. The constructor raises OSError if there are none."""
+
+    def __init__(self) -> None:
+        from importlib.machinery import EXTENSION_SUFFIXES
+
+        loader = globals().get("__loader__")
+        self._archive = getattr(loader, "archive", None)
+        if self._archive is None:
+            raise OSError("only mosh.pyz can hold it, and this is no mosh.pyz")
+        self._get_data = loader.get_data  # type: ignore[union-attr]
+        platform = f"{sys.platform}-{os.uname().machine}"
+        if sys.platform == "linux" and "CS_GNU_LIBC_VERSION" not in os.confstr_names:
+            platform += "-musl"  # security: what was made for glibc may load there, and crash
+        try:
+            index = self._member("sha256").decode("ascii", "replace")
+        except OSError:
+            raise OSError("this mosh.pyz holds none") from None
+        digests = {name: digest for digest, _, name in (line.partition("  ") for line in index.splitlines())}
+        self._found: dict[str, tuple[str, str]] = {}  # module: file, sha256
+        for module, pattern in _EXTENSIONS.items():
+            name = f"{platform}/{pattern.format(EXTENSION_SUFFIXES[0])}"
+            if name not in digests:
+                raise OSError(f"this mosh.pyz holds no {name}")
+            self._found[module] = name, digests[name]
+
+    def load(self) -> str:
+        """Make the `cryptography` package importable. Returns from where. Raises OSError with the reasons if it fails.
+
+        The first time takes 110 ms, later ones 30.
+        """
+        reasons = []
+        cache: Any = type(sys)("private_cache")
+        exec(_PRIVATE_CACHE, vars(cache))  # noqa: S102  (our own text, as above)
+        for folder, inner in cache.places():
+            place = f"{folder}/{inner}"
+            try:
+                self._import({module: f"{place}/{self._kept(cache, folder, inner, module)}" for module in self._found})
+                return place
+            except (OSError, ImportError) as error:
+                reasons.append(f"{place}: {getattr(error, 'strerror', None) or error}")
+        if hasattr(os, "memfd_create"):
+            try:
+                self._import_from_memory()
+                return "memory"
+            except (OSError, ImportError) as error:
+                reasons.append(f"memory: {error}")
+        raise OSError("; ".join(reasons))
+
+    def _kept(self, cache: Any, folder: str, inner: str, module: str) -> str:
+        """Return the name of a library in the cache, after unpacking it if it is missing or damaged."""
+        import hashlib  # 4 ms
+
+        _, digest = self._found[module]
+        name = f"{module.rpartition('.')[2]}-{digest[:32]}.so"
+        directory = cache.enter(folder, inner, True)
+        try:
+            with contextlib.suppress(OSError):
+                if hashlib.sha256(cache.read(directory, name)).hexdigest() == digest:
+                    return name
+            cache.keep(directory, name, self._content(module), _NATIVES_KEPT)
+        finally:
+            os.close(directory)
+        return name
+
+    def _import_from_memory(self) -> None:
+        descriptors = {}
+        try:
+            for module in self._found:
+                descriptors[module] = os.memfd_create(module)
+                with open(descriptors[module], "wb", closefd=False) as file:
+                    file.write(self._content(module))
+            self._import({module: f"/proc/self/fd/{number}" for module, number in descriptors.items()})
+        finally:
+            for number in descriptors.values():
+                os.close(number)
+
+    def _import(self, paths: dict[str, str]) -> None:
+        """Import all that AESOCB3 takes: the libraries from `paths`, the rest from the archive. Raises ImportError."""
+        for name in [name for name in sys.modules if name.partition(".")[0] in ("cryptography", "_cffi_backend")]:
+            del sys.modules[name]  # an older or broken package that was tried before
+        finder, package = _ExtensionFinder(paths), f"{self._archive}/{_NATIVES}/python"
+        sys.meta_path.insert(0, finder)
+        sys.path.insert(0, package)
+        try:
+            for module in (*paths, "cryptography.exceptions", "cryptography.hazmat.primitives.ciphers.aead"):
+                __import__(module)
+        finally:
+            sys.meta_path.remove(finder)
+            sys.path.remove(package)
+
+    def _content(self, module: str) -> bytes:
+        """Return a library. Raises OSError if it is not what it was when mosh.pyz was built."""
+        import hashlib
+
+        name, digest = self._found[module]
+        data = self._member(name)
+        if hashlib.sha256(data).hexdigest() != digest:
+            raise OSError(f"{name} in mosh.pyz is damaged")
+        return data
+
+    def _member(self, name: str) -> bytes:
+        try:
+            data: bytes = self._get_data(f"{self._archive}/{_NATIVES}/{name}")
+            return data
+        except (ImportError, EOFError, zlib.error):
+            raise OSError(f"{name} in mosh.pyz is damaged") from None
+
+
+@lru_cache(maxsize=1)
+def _load_bundled() -> str:
+    return BundledLibraries().load()
+
+
+class BundledCipher(CryptographyCipher):
+    """AES-128-OCB of the `cryptography` package that mosh.pyz brings along."""
+
+    name = "bundled"
+
+    def __init__(self, raw_key: bytes) -> None:
+        self.place = _load_bundled()
+        super().__init__(raw_key)
+
+
+INSTALLED_CIPHERS: tuple[Callable[[bytes], Cipher], ...] = (CryptographyCipher, LibcryptoCipher)
+CIPHERS: tuple[Callable[[bytes], Cipher], ...] = (*INSTALLED_CIPHERS, BundledCipher)
+
+
+def _cipher_attempts(wanted: str) -> Iterator[tuple[str, Callable[[bytes], Cipher], str]]:
+    """Yield (name, backend, where it is looked for) of all, or of those named `wanted`, each when its turn has come."""
+    named = [(make.name, make) for make in CIPHERS if wanted in ("", make.name)]  # type: ignore[attr-defined]
+    installed = [(name, make) for name, make in named if make in INSTALLED_CIPHERS]
+    yield from ((name, make, "as started") for name, make in installed)
+    if sys.flags.no_site and installed:
+        import site  # the interpreter was started with -S, which hides installed packages: look again with them
+
+        site.main()
+        yield from ((name, make, "with site-packages") for name, make in installed)
+    yield from ((name, make, "in mosh.pyz") for name, make in named if make not in INSTALLED_CIPHERS)
+
+
+def choose_cipher(wanted: str = "") -> Callable[[bytes], Cipher]:
+    """Return the first backend that works, or the one named `wanted`. Raises BootstrapError naming every reason."""
+    names = [make.name for make in CIPHERS]  # type: ignore[attr-defined]
+    if wanted not in ("", *names):
+        raise BootstrapError(f"MOSH_CRYPTO is {wanted!a}; it can be {', '.join(names[:-1])} or {names[-1]}")
+    reasons = []
+    for name, make, where in _cipher_attempts(wanted):
+        try:
+            check_cipher(make)
+        except (ImportError, OSError, AttributeError, ValueError) as error:
+            reasons.append(f"{name} ({where}): {' '.join(str(error).split())}")
+        except Exception as error:  # `cryptography` has an exception class of its own for what OpenSSL refuses
+            reasons.append(f"{name} ({where}): {type(error).__name__}")
+        else:
+            return make
+    raise BootstrapError("no AES-128-OCB on this machine; " + "; ".join(reasons), NO_CIPHER)
+
+
 # ======================================================================================================================
 # == 17. Server -- pty, child process, detaching, timeouts
 # ======================================================================================================================
@@ -6500,7 +6765,6 @@ import os, sys, zlib
 token, digest, count = sys.argv[1:4]
 arguments = sys.argv[4 + int(count):]
 version = "%d.%d.%d" % sys.version_info[:3]
-uid = os.geteuid()
 
 def say(*words):
     os.write(1, ("\n" + " ".join((token,) + words) + "\n").encode("utf-8", "replace"))
@@ -6510,71 +6774,14 @@ if sys.version_info < (3, 9):
     sys.exit(42)
 from _frozen_importlib_external import MAGIC_NUMBER, PathFinder
 
-def places():
-    # Where to look and to keep, as (folder, name in it).
-    env = os.environ.get
-    home = env("HOME", "")
-    try:
-        if os.stat(home).st_uid != uid:
-            home = ""
-    except (OSError, ValueError):
-        home = ""
-    if not home:
-        import pwd
-        try:
-            home = pwd.getpwuid(uid).pw_dir
-        except KeyError:
-            pass
-    named = "mosh.py-%d" % uid
-    for folder, name in (
-        (env("XDG_CACHE_HOME", ""), "mosh.py"), (home and home + "/.cache", "mosh.py"),
-        (env("XDG_RUNTIME_DIR", ""), named), (env("TMPDIR", ""), named), ("/tmp", named), ("/var/tmp", named),
-    ):
-        if folder[:1] == "/":
-            yield os.path.realpath(folder), name
-
-def enter(folder, name, create):
-    # Returns a descriptor of a folder that nobody else can change or replace. Raises OSError.
-    if create:
-        if name == "mosh.py":
-            os.makedirs(folder, 0o700, exist_ok=True)
-        try:
-            os.mkdir(folder + "/" + name, 0o700)
-        except FileExistsError:
-            pass
-    directory = os.open(folder + "/" + name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    try:
-        found = os.fstat(directory)
-        good = found.st_uid == uid and not found.st_mode & 0o22
-        while good and folder:
-            found = os.stat(folder)
-            good = found.st_uid in (0, uid) and (not found.st_mode & 0o22 or found.st_mode & 0o1000)
-            folder = folder.rpartition("/")[0]
-        if not good:
-            raise OSError("not private")
-    except BaseException:
-        os.close(directory)
-        raise
-    return directory
-
+""" + _PRIVATE_CACHE + r"""
 def sums(body):
     return zlib.crc32(body).to_bytes(4, "little") + len(body).to_bytes(4, "little")
 
 def intact(directory):
     # Whether the entry is there, ours and whole; a crash of the machine may have cut it. Raises OSError.
-    entry = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=directory)
-    with open(entry, "rb") as file:
-        found = os.fstat(entry)
-        if found.st_mode & 0o170022 != 0o100000 or found.st_uid != uid:
-            return False
-        data = file.read()
-        if data[8:16] != sums(data[16:]):
-            return False
-        try:
-            os.utime(entry)
-        except OSError:
-            pass
-    return True
+    data = read(directory, name)
+    return data[8:16] == sums(data[16:])
 
 def receive():
     # Returns the program, checked.
@@ -6624,41 +6831,6 @@ def build(data):
         "mosh", "exec", dont_inherit=True)
     return code.replace(co_consts=tuple(parts.get(value, value) for value in code.co_consts))
 
-def keep(directory, data):
-    draft = ".%s.%s" % (name, os.urandom(8).hex())
-    try:
-        file = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600, dir_fd=directory)
-        with open(file, "wb", 0) as raw:
-            while data:
-                data = data[raw.write(data):]
-            os.fsync(file)
-        os.rename(draft, name, src_dir_fd=directory, dst_dir_fd=directory)
-    except OSError:
-        try:
-            os.unlink(draft, dir_fd=directory)
-        except OSError:
-            pass
-        raise
-    try:
-        prune(directory)
-    except OSError:
-        pass
-    return True
-
-def prune(directory):
-    # Keep the eight entries that were used last; a draft younger than a day may belong to a login under way.
-    import time
-    found = []
-    for other in os.listdir(directory):
-        if other.lstrip(".")[:5] == "mosh-":
-            used = os.stat(other, dir_fd=directory, follow_symlinks=False).st_mtime
-            if other[0] != ".":
-                found.append((used, other))
-            elif used < time.time() - 86400:
-                os.unlink(other, dir_fd=directory)
-    for used, other in sorted(found)[:-8]:
-        os.unlink(other, dir_fd=directory)
-
 name = "mosh-" + digest[:32] + "-" + MAGIC_NUMBER[:2].hex() + ".pyc"
 
 def at_each_place(work, create):
@@ -6684,7 +6856,9 @@ if not all(map(PathFinder.find_spec, ("ctypes", "termios", "pty", "selectors")))
 code = build(receive())
 import marshal
 body = marshal.dumps(code)
-at_each_place(lambda directory: keep(directory, MAGIC_NUMBER + b"\1\0\0\0" + sums(body) + body), True)
+body = MAGIC_NUMBER + b"\1\0\0\0" + sums(body) + body
+# Eight are kept: programs of several versions, for several Pythons.
+at_each_place(lambda directory: keep(directory, name, body, 8), True)
 # There is no place to keep it: become it.
 say("SERVER", "mosh.py", "(Python " + version + ", kept nowhere)")
 sys.argv[:] = ["mosh.py", "server"] + arguments
@@ -7009,7 +7183,8 @@ class Login:
     def _ssh_command(self) -> list[str]:
         options = self._options
         host = options.host
-        extra = ["-tt" if options.ssh_pty else "-T"]  # -T, since a configuration may ask for a terminal
+        # -T, since a configuration may ask for a terminal; no escapes, since what is sent may have them in it by chance
+        extra = ["-tt", "-e", "none"] if options.ssh_pty else ["-T"]
         if options.family in _FAMILY_NUMBERS:
             extra.append("-4" if options.family == "inet" else "-6")
         if options.remote_ip == "proxy":
@@ -7324,7 +7499,8 @@ def _version_text(verbose: bool) -> str:
         return _VERSION_TEXT
     program = Program.own()
     try:
-        cipher = choose_cipher(os.environ.get("MOSH_CRYPTO", ""))(bytes(KEY_BYTES)).name
+        chosen = choose_cipher(os.environ.get("MOSH_CRYPTO", ""))(bytes(KEY_BYTES))
+        cipher = chosen.name + (f", unpacked to {chosen.place}" if isinstance(chosen, BundledCipher) else "")
     except BootstrapError as error:
         cipher = f"none: {error}"
     return (

@@ -20,7 +20,10 @@ import pytest
 import wcwidth
 
 import build_zipapp
+import peers
 from build_zipapp import BuildError, Interpreter
+from conftest import require_kind
+from ptys import on_a_terminal
 
 ROOT = Path(build_zipapp.__file__).resolve().parent
 OLD_PYTHONS = ("2.7", "3.6", "3.7", "3.8")
@@ -53,7 +56,7 @@ def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the stand-in for mosh.py and the mosh.pyz built from it, with bytecode for every interpreter."""
     folder = tmp_path_factory.mktemp("stand-in")
     (folder / "mosh.py").write_text(STAND_IN)
-    assert build_zipapp.main(["--source", str(folder)]) == 0
+    assert build_zipapp.main(["--source", str(folder), "--no-native"]) == 0
     return folder
 
 
@@ -61,7 +64,28 @@ def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def real_pyz(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """mosh.pyz built from the real mosh.py, with bytecode for every interpreter."""
     path = tmp_path_factory.mktemp("real") / "mosh.pyz"
-    assert build_zipapp.main(["--source", str(ROOT), "--output", str(path)]) == 0
+    assert build_zipapp.main(["--source", str(ROOT), "--output", str(path), "--no-native"]) == 0
+    return path
+
+
+@pytest.fixture(scope="session")
+def wheels() -> Path:
+    """The folder that holds all wheels that are built in."""
+    folder = ROOT / ".venv" / "wheels"
+    try:
+        build_zipapp.natives(build_zipapp.PLATFORMS, folder)
+    except build_zipapp.WheelsMissing as error:
+        if os.environ.get("CI") and any(folder.glob("*.whl")):
+            pytest.fail(f"some wheels are here, others are not: {error}", pytrace=False)
+        pytest.skip(str(error))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def native_pyz(wheels: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """mosh.pyz built from the real mosh.py, with the libraries for all platforms."""
+    path = tmp_path_factory.mktemp("native") / "mosh.pyz"
+    assert build_zipapp.main(["--source", str(ROOT), "--output", str(path), "--wheels", str(wheels)]) == 0
     return path
 
 
@@ -236,20 +260,374 @@ def test_of_two_interpreters_with_one_bytecode_format_the_newer_compiles(monkeyp
         build_zipapp.choose_interpreters(["broken"], ANY_PYTHON)
 
 
+# -- Natives -----------------------------------------------------------------------------------------------------------
+
+HERE_PLATFORM = f"{sys.platform}-{os.uname().machine}"
+RUST = "cryptography/hazmat/bindings/_rust.abi3.so"
+VERSIONS = ("3.9", "3.10", "3.11", "3.12", "3.13", "3.14")
+
+
+def test_each_platform_has_one_wheel_of_cryptography_and_one_of_cffi_for_each_python() -> None:
+    for platform in build_zipapp.PLATFORMS:
+        found = [(wheel.project, wheel.python) for wheel in build_zipapp.WHEELS if wheel.platform == platform]
+        assert found == [("cryptography", "abi3"), *(("cffi", version) for version in VERSIONS)]
+    assert len({wheel.sha256 for wheel in build_zipapp.WHEELS}) == len(build_zipapp.WHEELS)
+    assert all(re.fullmatch("[0-9a-f]{64}", wheel.sha256) for wheel in build_zipapp.WHEELS)
+
+
+def test_the_wheel_built_in_is_one_that_mosh_would_accept() -> None:
+    metadata = build_zipapp.script_metadata((ROOT / "mosh.py").read_text())
+    for wheel in build_zipapp.WHEELS:
+        assert build_zipapp.satisfies(wheel.version, metadata.dependencies.get(wheel.project, ""))
+
+
+def library_names(platform: str) -> set[str]:
+    tail = "darwin" if platform.startswith("darwin") else f"{platform.partition('-')[2]}-linux-gnu"
+    backends = (f"_cffi_backend.cpython-{version.replace('.', '')}-{tail}.so" for version in VERSIONS)
+    return {f"{platform}/{name}" for name in (RUST, *backends)}
+
+
+def test_the_archive_holds_the_libraries_of_each_platform_and_their_licences(native_pyz: Path) -> None:
+    members = contents(native_pyz)
+    libraries = {name.partition("/")[2]: data for name, data in members.items() if name.endswith(".so")}
+    assert set(libraries) == set().union(*map(library_names, build_zipapp.PLATFORMS))
+    for name, data in libraries.items():
+        head, machine = (b"\x7fELF", data[18:20]) if "linux" in name else (b"\xcf\xfa\xed\xfe", data[4:8])
+        assert data.startswith(head), name
+        assert machine == {  # e_machine of an ELF file, cputype of a Mach-O file
+            "linux-x86_64": b"\x3e\0", "linux-aarch64": b"\xb7\0", "darwin-arm64": b"\x0c\0\0\x01",
+        }[name.partition("/")[0]], name
+    lines = (line.split("  ") for line in members["natives/sha256"].decode().splitlines())
+    index = {name: digest for digest, name in lines}
+    assert index == {name: build_zipapp.sha256(data) for name, data in libraries.items()}
+    licenses = {name: data for name, data in members.items() if name.startswith("licenses/")}
+    for name, words in (
+        ("cryptography-50.0.2/LICENSE.APACHE", "Apache License"), ("cryptography-50.0.2/LICENSE.BSD", "Redistribution"),
+        ("cffi-2.1.1/LICENSE", "WITHOUT WARRANTY"), ("cffi-2.0.0/LICENSE", "WITHOUT WARRANTY"),
+    ):
+        assert words in licenses[f"licenses/{name}"].decode()
+
+
+def test_platforms_can_be_chosen(wheels: Path, stand_in: Path, tmp_path: Path) -> None:
+    pyz = tmp_path / "one.pyz"
+    options = ["--source", str(stand_in), "--output", str(pyz), "--wheels", str(wheels), "--source-only"]
+    assert build_zipapp.main([*options, "--native", "darwin-arm64"]) == 0
+    names = {name.partition("/")[2] for name in contents(pyz) if name.endswith(".so")}
+    assert names == library_names("darwin-arm64")
+    with pytest.raises(SystemExit):
+        build_zipapp.main([*options, "--native", "amiga"])
+
+
+def wheel_file(path: Path, members: dict[str, bytes]) -> None:
+    """Write a file that pip takes for a wheel of that name."""
+    project, version, *tags = path.stem.split("-")
+    metadata = f"Metadata-Version: 2.1\nName: {project}\nVersion: {version}\n"
+    tag = f"Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: false\nTag: {'-'.join(tags)}\n"
+    folder = f"{project}-{version}.dist-info"
+    head = {f"{folder}/METADATA": metadata, f"{folder}/WHEEL": tag, f"{folder}/RECORD": ""}
+    with zipfile.ZipFile(path, "w") as file:
+        for name, data in {**{name: text.encode() for name, text in head.items()}, **members}.items():
+            file.writestr(name, data)
+
+
+@pytest.fixture
+def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that is all that pip knows of: nothing of the network or of a configuration."""
+    pytest.importorskip("pip")
+    folder = tmp_path / "index"
+    folder.mkdir()
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    return folder
+
+
+CFFI = build_zipapp.Wheel("cffi", "2.1.1", "3.12", "linux-x86_64", "0" * 64)
+CFFI_FILE = "cffi-2.1.1-cp312-cp312-manylinux2014_x86_64.whl"
+
+
+def test_a_wheel_that_is_not_the_pinned_one_is_refused(index: Path, tmp_path: Path) -> None:
+    wheel_file(index / CFFI_FILE, {"_cffi_backend.cpython-312-x86_64-linux-gnu.so": b"hostile"})
+    folder = tmp_path / "wheels"
+    with pytest.raises(BuildError, match="is not the file that is pinned") as caught:
+        build_zipapp.fetch(CFFI, folder)
+    assert not isinstance(caught.value, build_zipapp.WheelsMissing)     # which a plain `make` would forgive
+    assert list(folder.iterdir()) == []
+
+
+def test_a_wheel_is_fetched_once_and_again_if_it_was_damaged(index: Path, tmp_path: Path) -> None:
+    wheel_file(index / CFFI_FILE, {})
+    data = (index / CFFI_FILE).read_bytes()
+    wheel, folder = CFFI._replace(sha256=build_zipapp.sha256(data)), tmp_path / "wheels"
+    assert build_zipapp.fetch(wheel, folder) == data
+    assert [path.name for path in folder.iterdir()] == ["cffi-2.1.1-3.12-linux-x86_64.whl"]
+    (folder / str(wheel)).write_bytes(data[:-1])
+    assert build_zipapp.fetch(wheel, folder) == data == (folder / str(wheel)).read_bytes()
+    (index / CFFI_FILE).unlink()
+    assert build_zipapp.fetch(wheel, folder) == data
+    (folder / str(wheel)).write_bytes(b"")
+    with pytest.raises(build_zipapp.WheelsMissing, match=r"cannot fetch cffi 2\.1\.1 for linux-x86_64"):
+        build_zipapp.fetch(wheel, folder)
+
+
+@pytest.mark.parametrize("members", [
+    {}, {"_cffi_backend.cpython-312-x86_64-linux-gnu.so": b""}, {"cffi-2.1.1.dist-info/licenses/LICENSE": b""}])
+def test_a_wheel_that_lacks_something_is_refused(tmp_path: Path, members: dict[str, bytes]) -> None:
+    wheel_file(tmp_path / CFFI_FILE, members)
+    with pytest.raises(BuildError, match="lacks a library, a module or its licence"):
+        build_zipapp.wheel_parts(CFFI, (tmp_path / CFFI_FILE).read_bytes())
+    with pytest.raises(BuildError, match="cannot be read"):
+        build_zipapp.wheel_parts(CFFI, b"no zip file")
+
+
+@pytest.mark.usefixtures("index")
+def test_offline_the_build_goes_on_without_them_unless_they_were_asked_for(
+        stand_in: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pyz, slim = tmp_path / "mosh.pyz", tmp_path / "slim.pyz"
+    options = ["--source", str(stand_in), "--wheels", str(tmp_path / "wheels"), "--output"]
+    assert build_zipapp.main([*options, str(pyz)]) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("natives:")]
+    assert len(said) == 1 and "cannot fetch cryptography" in said[0]
+    assert contents(pyz) == contents(stand_in / "mosh.pyz")
+    assert build_zipapp.main([*options, str(slim), "--source-only"]) == 0
+    assert "natives:  none\n" in capsys.readouterr().out
+    pyz.unlink()
+    assert build_zipapp.main([*options, str(pyz), "--native", "linux-x86_64"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("build_zipapp.py: error: cannot fetch cryptography") and error.count("\n") == 1
+    assert not pyz.exists()
+
+
+# -- AES-OCB from the archive
+
+BUNDLED = "crypto: bundled, unpacked to "
+EMPTY = "raise ImportError('not here')\n"
+
+
+def bundled_env(home: Path, **more: str) -> dict[str, str]:
+    """An environment in which no place but those named can be meant."""
+    return {"HOME": str(home), "PATH": os.environ.get("PATH", os.defpath), "MOSH_CRYPTO": "bundled", **more}
+
+
+def crypto_line(pyz: Path, env: dict[str, str], python: str = sys.executable, prefix: Sequence[str] = ()) -> str:
+    """Return what `--version -v` says of the crypto library."""
+    result = run([*prefix, python, "-S", pyz, "--version", "-v"], env=env)
+    assert (result.returncode, result.stderr) == (0, "")
+    line, = (line for line in result.stdout.splitlines() if line.startswith("crypto:"))
+    return line
+
+
+def kept_in(folder: Path) -> list[str]:
+    """Return the kinds of entries in a private cache; every one must be whole."""
+    for path in folder.iterdir():
+        assert path.name.partition("-")[2] == build_zipapp.sha256(path.read_bytes())[:32] + ".so"
+        assert path.stat().st_mode & 0o7777 == 0o600
+    return sorted(path.name.partition("-")[0] for path in folder.iterdir())
+
+
+@pytest.fixture
+def usable_pyz(native_pyz: Path) -> Path:
+    """`native_pyz`, where it has libraries for the machine that runs this test."""
+    if HERE_PLATFORM not in build_zipapp.PLATFORMS:
+        pytest.skip(f"no libraries are built in for {HERE_PLATFORM}")
+    return native_pyz
+
+
+@each_interpreter
+def test_each_interpreter_runs_the_bundled_library(usable_pyz: Path, home: Path, python: Interpreter) -> None:
+    place = home / ".cache" / "mosh.py"
+    for _ in ("unpacked", "found again"):
+        assert crypto_line(usable_pyz, bundled_env(home), python.path) == BUNDLED + str(place)
+        assert kept_in(place) == ["_cffi_backend", "_rust"]
+    assert place.stat().st_mode & 0o777 == 0o700
+
+
+def test_it_is_the_last_resort_and_minds_no_older_package(usable_pyz: Path, home: Path, tmp_path: Path) -> None:
+    packages = tmp_path / "packages"
+    (packages / "cryptography").mkdir(parents=True)
+    (packages / "cryptography" / "__init__.py").write_text("__version__ = '3.3.2'\n")    # before AESOCB3
+    env = bundled_env(home, PYTHONPATH=str(packages), MOSH_CRYPTO="")
+    assert crypto_line(usable_pyz, env) == "crypto: libcrypto"
+    assert not (home / ".cache").exists()
+    (packages / "ctypes.py").write_text(EMPTY)
+    assert crypto_line(usable_pyz, env) == f"{BUNDLED}{home}/.cache/mosh.py"
+
+
+def test_a_session_with_a_stock_client(usable_pyz: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    require_kind("stock")
+    monkeypatch.setenv("MOSH_PYZ", str(usable_pyz))
+    env = peers.session_env(home, MOSH_CRYPTO="bundled", TERM="xterm")
+    with peers.running_server("ours", env) as server:
+        client = peers.client_command("stock", server.port)
+        with on_a_terminal(client, {**env, "MOSH_KEY": server.key}) as terminal:
+            terminal.read_until(lambda output: b"$ " in output)
+            terminal.type(b"echo $((617 * 3))\r")
+            terminal.read_until(lambda output: b"1851" in output)
+            terminal.type(b"exit\r")
+            assert terminal.wait() == 0
+    assert kept_in(home / ".cache" / "mosh.py") == ["_cffi_backend", "_rust"]
+
+
+def damage(entry: Path, how: str) -> None:
+    """Spoil an entry of the cache."""
+    data = entry.read_bytes()
+    entry.unlink()
+    if how == "link":
+        other = entry.with_name("other")
+        other.write_bytes(data)
+        entry.symlink_to(other)
+    else:
+        entry.write_bytes({"cut": data[:-1], "flipped": data[:99] + bytes([data[99] ^ 1]) + data[100:]}.get(how, data))
+        entry.chmod(0o666 if how == "open to others" else 0o600)
+
+
+@pytest.mark.parametrize("how", ["cut", "flipped", "open to others", "link"])
+def test_a_damaged_entry_is_replaced(usable_pyz: Path, home: Path, how: str) -> None:
+    place, env = home / ".cache" / "mosh.py", bundled_env(home)
+    crypto_line(usable_pyz, env)
+    entries = list(place.iterdir())
+    for entry in entries:
+        damage(entry, how)
+    assert crypto_line(usable_pyz, env) == BUNDLED + str(place)
+    (place / "other").unlink(missing_ok=True)
+    assert kept_in(place) == ["_cffi_backend", "_rust"]
+
+
+@pytest.mark.parametrize("obstacle", ["link", "0777", "file", "parent 0777"])
+def test_a_place_that_is_not_private_is_passed_by(usable_pyz: Path, home: Path, tmp_path: Path, obstacle: str) -> None:
+    first, second = home / ".cache" / "mosh.py", tmp_path / "second"
+    first.parent.mkdir()
+    second.mkdir()
+    if obstacle == "link":
+        (tmp_path / "elsewhere").mkdir(mode=0o700)
+        first.symlink_to(tmp_path / "elsewhere")
+    elif obstacle == "file":
+        first.touch()
+    else:
+        first.mkdir(0o700)
+        (first if obstacle == "0777" else first.parent).chmod(0o777)
+    line = crypto_line(usable_pyz, bundled_env(home, XDG_RUNTIME_DIR=str(second)))
+    assert line == f"{BUNDLED}{second}/mosh.py-{os.geteuid()}"
+    assert obstacle == "file" or list(first.iterdir()) == []
+
+
+def mounted(*lines: str) -> list[str]:
+    """Return words that run the command behind them after some mounts of its own. Skips the test where none can be."""
+    if os.geteuid() != 0:
+        pytest.skip("only root sees in a mount namespace who owns what is above it")
+    if shutil.which("unshare") is None or run(["unshare", "-rm", "mount", "-t", "tmpfs", "x", "/mnt"]).returncode:
+        pytest.skip("this system lets a test mount nothing (unshare -rm)")
+    return ["unshare", "-rm", "sh", "-ec", "\n".join((*lines, 'exec "$@"')), "sh"]
+
+
+@pytest.mark.parametrize("option", ["ro", "noexec", "size=5m"])
+def test_a_home_where_nothing_can_be_kept_or_run_is_passed_by(
+        usable_pyz: Path, home: Path, tmp_path: Path, option: str) -> None:
+    (home / ".cache").mkdir()
+    (tmp_path / "second").mkdir()
+    prefix = mounted(f"mount -t tmpfs -o mode=700,{option} x {home}/.cache")
+    env = bundled_env(home, XDG_RUNTIME_DIR=str(tmp_path / "second"))
+    assert crypto_line(usable_pyz, env, prefix=prefix) == f"{BUNDLED}{tmp_path}/second/mosh.py-0"
+
+
+NOTHING_RUNS = (  # from where the cache may be
+    'for each in "$HOME/.cache" /tmp/mosh.py-0 /var/tmp/mosh.py-0; do mkdir -p -m 700 "$each"',
+    'mount -t tmpfs -o mode=700,noexec x "$each"; done',
+)
+
+
+def test_where_nothing_kept_can_run_it_runs_from_memory(usable_pyz: Path, home: Path) -> None:
+    if not hasattr(os, "memfd_create"):
+        pytest.skip("this system runs nothing from memory")
+    assert crypto_line(usable_pyz, bundled_env(home), prefix=mounted(*NOTHING_RUNS)) == BUNDLED + "memory"
+
+
+def test_if_all_fails_every_reason_is_named_in_one_line(usable_pyz: Path, home: Path) -> None:
+    code = (
+        "import os, runpy, sys\nvars(os).pop('memfd_create', None)\n"
+        f"sys.argv = [{str(usable_pyz)!r}, 'server']\nrunpy.run_path(sys.argv[0], run_name='__main__')")
+    result = run([*mounted(*NOTHING_RUNS), sys.executable, "-ISc", code], env=bundled_env(home))
+    assert result.returncode == 69 and result.stdout == ""
+    assert result.stderr.startswith("mosh: no AES-128-OCB on this machine; bundled (in mosh.pyz): ")
+    assert result.stderr.count("\n") == 1
+    for place in (f"{home}/.cache/mosh.py", "/tmp/mosh.py-0", "/var/tmp/mosh.py-0"):
+        assert place in result.stderr
+
+
+def test_first_runs_at_the_same_time_all_succeed(usable_pyz: Path, home: Path) -> None:
+    command = [sys.executable, "-S", str(usable_pyz), "--version", "-v"]
+    starting = [subprocess.Popen(command, env=bundled_env(home), stdout=subprocess.PIPE, text=True) for _ in range(8)]
+    said = [process.communicate()[0] for process in starting]
+    assert all(f"{BUNDLED}{home}/.cache/mosh.py\n" in text for text in said)
+    assert kept_in(home / ".cache" / "mosh.py") == ["_cffi_backend", "_rust"]
+
+
+def test_four_of_a_kind_are_kept_and_other_kinds_left_alone(usable_pyz: Path, home: Path) -> None:
+    place = home / ".cache" / "mosh.py"
+    place.mkdir(parents=True, mode=0o700)
+    others = [f"{kind}-{number}" for kind in ("_rust", "mosh") for number in range(6)] + [".mosh-old", "._rust-old"]
+    for age, name in enumerate(others):
+        (place / name).touch()
+        os.utime(place / name, (1_000_000 - age, 1_000_000 - age))
+    crypto_line(usable_pyz, bundled_env(home))
+    left = {path.name for path in place.iterdir()} & {*others}
+    assert left == {*(f"mosh-{number}" for number in range(6)), "_rust-0", "_rust-1", "_rust-2", ".mosh-old"}
+
+
+def test_a_damaged_library_is_neither_kept_nor_loaded(usable_pyz: Path, home: Path, tmp_path: Path) -> None:
+    pyz = changed(usable_pyz, tmp_path / "mosh.pyz", lambda name, data: (
+        data[:-1] + bytes([data[-1] ^ 1]) if name.endswith(RUST) else data))
+    line = crypto_line(pyz, bundled_env(home), prefix=mounted(*NOTHING_RUNS))   # elsewhere may lie a good one
+    assert line.startswith("crypto: none: no AES-128-OCB on this machine; bundled (in mosh.pyz): ")
+    assert line.count("_rust.abi3.so in mosh.pyz is damaged") == 4
+
+
+@pytest.mark.parametrize(("index", "reason"), [
+    (None, "holds none"), (b"", f"holds no {HERE_PLATFORM}/_cffi_backend"),
+    (b"\xff \n\n", f"holds no {HERE_PLATFORM}"),
+])
+def test_what_is_not_in_the_archive_is_named(
+        usable_pyz: Path, home: Path, tmp_path: Path, index: bytes | None, reason: str) -> None:
+    pyz = changed(usable_pyz, tmp_path / "mosh.pyz", lambda name, data: (
+        index if name == "natives/sha256" else None if name.endswith(".so") else data))
+    line = crypto_line(pyz, bundled_env(home))
+    assert line.startswith("crypto: none: no AES-128-OCB on this machine; bundled (in mosh.pyz): this mosh.pyz ")
+    assert reason in line
+    assert not (home / ".cache").exists()
+
+
+def test_without_libraries_it_says_so(real_pyz: Path, home: Path) -> None:
+    assert crypto_line(real_pyz, bundled_env(home)).endswith("bundled (in mosh.pyz): this mosh.pyz holds none")
+
+
+def test_what_a_login_sends_has_no_library_in_it(native_pyz: Path, real_pyz: Path) -> None:
+    """The program is known by its digest, which both therefore share."""
+    said = [run([sys.executable, "-S", pyz, "--version", "-v"]).stdout for pyz in (native_pyz, real_pyz)]
+    builds = [re.search("build: .*", text) for text in said]
+    assert builds[0] and builds[1] and builds[0][0] == builds[1][0]
+
+
 # -- Same input, same bytes --------------------------------------------------------------------------------------------
 
-def test_place_mask_zone_and_hash_seed_do_not_change_a_byte(tmp_path: Path) -> None:
+@pytest.mark.parametrize("native", [False, True])
+def test_place_mask_zone_and_hash_seed_do_not_change_a_byte(
+        tmp_path: Path, native: bool, request: pytest.FixtureRequest) -> None:
     built = []
+    wheels = request.getfixturevalue("wheels") if native else None
+    options = ["--wheels", wheels, "--pythons"] if native else ["--no-native"]
     for name, mask, zone, seed in (("a", 0o022, "UTC", "1"), ("b c", 0o077, "Asia/Tokyo", "2")):
         folder = tmp_path / name
         folder.mkdir()
         (folder / "mosh.py").write_text(STAND_IN)
         environment = {**os.environ, "TZ": zone, "PYTHONHASHSEED": seed, "LC_ALL": "C", f"EXTRA_{name[0]}": name}
         result = run(
-            [sys.executable, ROOT / "build_zipapp.py", "--source", "."], cwd=folder, umask=mask, env=environment)
+            [sys.executable, ROOT / "build_zipapp.py", "--source", ".", *options],
+            cwd=folder, umask=mask, env=environment)
         assert (result.returncode, result.stderr) == (0, "")
         assert (folder / "mosh.pyz").stat().st_mode & 0o777 == 0o755
-        built.append((result.stdout, (folder / "mosh.pyz").read_bytes()))
+        said, took, _ = result.stdout.partition("took:")
+        assert took
+        built.append((said, (folder / "mosh.pyz").read_bytes()))
     assert built[0] == built[1]
 
 
@@ -261,7 +639,7 @@ def test_any_interpreter_builds_the_same_content(stand_in: Path, tmp_path: Path,
     output = tmp_path / "mosh.pyz"
     command: list[str | Path] = [
         python.path, "-S", ROOT / "build_zipapp.py", "--source", stand_in, "--output", output,
-        "--pythons", *(other.path for other in INTERPRETERS)]
+        "--no-native", "--pythons", *(other.path for other in INTERPRETERS)]
     result = run(command, env={**os.environ, "PYTHONPATH": str(packages), "PYTHONDONTWRITEBYTECODE": "1"})
     assert (result.returncode, result.stderr) == (0, "")
     assert contents(output) == contents(stand_in / "mosh.pyz")
@@ -361,7 +739,7 @@ def test_a_failure_is_one_line_and_leaves_no_file(
         tmp_path: Path, capsys: pytest.CaptureFixture[str], source: str | None, reason: str) -> None:
     if source is not None:
         (tmp_path / "mosh.py").write_text(source)
-    assert build_zipapp.main(["--source", str(tmp_path), "--pythons"]) == 1
+    assert build_zipapp.main(["--source", str(tmp_path), "--no-native", "--pythons"]) == 1
     error = capsys.readouterr().err
     assert error.startswith("build_zipapp.py: error: ") and error.count("\n") == 1
     assert reason in error

@@ -151,8 +151,40 @@ def test_a_broken_backend_is_found_out(make: Backend, reason: str) -> None:
 def test_a_backend_can_be_chosen_by_name() -> None:
     assert mosh.choose_cipher("cryptography") is mosh.CryptographyCipher
     assert mosh.choose_cipher() in mosh.CIPHERS
-    with pytest.raises(mosh.BootstrapError):
+    with pytest.raises(mosh.BootstrapError, match="cryptography, libcrypto or bundled"):
         mosh.choose_cipher("rot13")
+
+
+def test_only_an_archive_has_a_bundled_backend() -> None:
+    """What the one in an archive does is in test_build.py."""
+    with pytest.raises(mosh.BootstrapError, match="can hold it, and this is no") as caught:
+        mosh.choose_cipher("bundled")
+    assert caught.value.status == mosh.NO_CIPHER and "\n" not in str(caught.value)
+
+
+def _failing(name: str, error: Exception) -> Backend:
+    class Failing(_Broken):
+        def __init__(self, _raw_key: bytes) -> None:
+            raise error
+
+    Failing.name = name
+    return Failing
+
+
+def test_backends_are_tried_in_order_and_every_reason_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = _failing("first", ImportError("no such\nmodule")), _failing("second", KeyError("odd"))
+    last = _failing("last", OSError("nothing kept"))
+    monkeypatch.setattr(mosh, "INSTALLED_CIPHERS", (first, second))
+    monkeypatch.setattr(mosh, "CIPHERS", (first, second, last))
+    with pytest.raises(mosh.BootstrapError) as caught:
+        mosh.choose_cipher()
+    assert str(caught.value) == (
+        "no AES-128-OCB on this machine; first (as started): no such module; second (as started): KeyError; "
+        "last (in mosh.pyz): nothing kept")
+    monkeypatch.setattr(mosh, "CIPHERS", (first, second, _Broken))
+    assert mosh.choose_cipher() is _Broken
+    with pytest.raises(mosh.BootstrapError, match="machine; second "):
+        mosh.choose_cipher("second")
 
 
 # -- keys

@@ -565,6 +565,18 @@ def test_a_login_with_a_terminal(far: FarHost) -> None:
         assert ("NEED" in start_server(far, ssh_pty=True).said) == needed
 
 
+def test_a_login_with_a_terminal_sends_what_looks_like_an_escape_of_ssh(
+    far: FarHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a terminal ssh obeys a tilde after a line's end; compressed, the program has such bytes by chance."""
+    far.has_python()
+    source = Path(mosh.__file__).read_bytes()
+    program = mosh.Program(source, b'"""\n~.\n~C\n~#\n"""\n')
+    monkeypatch.setattr(mosh.Program, "own", lambda: program)
+    monkeypatch.setattr(mosh.Program, "packed", lambda program: zlib.compress(program._content, 0))
+    assert "NEED" in start_server(far, ssh_pty=True).said
+
+
 # -- failing ---------------------------------------------------------------------------------------------------
 
 
