@@ -84,7 +84,7 @@ def logins(root: Path, directory: Path) -> Iterator[Sshd]:
         f"cd {HOME}; exec env -i {shlex.join(f'{name}={value}' for name, value in environment.items())} "
         'SSH_CONNECTION="$SSH_CONNECTION" /bin/bash -c "$SSH_ORIGINAL_COMMAND"'
     )
-    login = f"exec {shlex.join([*inside(root), '/bin/bash', '-c', session])}"
+    login = f"exec {shlex.join([*inside(root), '/bin/sh', '-c', session])}"      # bash would read a .bashrc of root's
     with running_sshd(directory, {"MOSH_TEST": "matrix"}, login=login) as sshd:
         yield sshd
 
@@ -175,6 +175,7 @@ class End(NamedTuple):
 
 
 def end_here(kind: peers.Kind, home: Path) -> End:
+    """A program of this machine."""
     return End(kind, [], home, peers.session_env(home))
 
 
