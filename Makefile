@@ -21,7 +21,7 @@ PYTEST := $(VENV)/bin/python -m pytest -c tests/pytest.ini --rootdir .
 SOURCES := mosh.py build_zipapp.py tests
 
 .PHONY: all run slim test test-matrix lint sim bench bench-terminal bench-network bench-simulated bench-start fuzz attack
-.PHONY: clean help peers
+.PHONY: clean help peers emulator
 
 all: mosh.pyz ## build mosh.pyz, the one file to run and to copy (plain `make` does this)
 
@@ -51,15 +51,21 @@ mosh-slim.pyz: mosh.py build_zipapp.py
 test: lint peers ## check the style and run all tests, also against the stock mosh; CI=true forbids to skip any peer
 	$(PYTEST) $(TESTS)
 
-SUITES := bullseye bookworm trixie
+# From the oldest Python to the newest. What ends in -arm64 is emulated, or left out by name where that cannot be.
+SYSTEMS := bullseye bookworm trixie testing trixie-arm64
 
-test-matrix: $(VENV)/.tools peers ## log in to bare Debian systems, which root on Debian gets by debootstrap
-	@mkdir -p $(ROOTS); for suite in $(SUITES); do \
-	    test -x $(ROOTS)/$$suite/usr/sbin/sshd && continue; echo "making a Debian $$suite"; rm -rf $(ROOTS)/$$suite; \
-	    debootstrap --variant=minbase --include=python3,openssh-server $$suite $(ROOTS)/$$suite >$(ROOTS)/$$suite.log \
-	        || { echo "make: debootstrap failed, see $(ROOTS)/$$suite.log" >&2; exit 1; }; \
+test-matrix: $(VENV)/.tools peers emulator ## be either end on bare Debian systems, which root on Debian gets by debootstrap
+	@mkdir -p $(ROOTS); for system in $(SYSTEMS); do \
+	    test -x $(ROOTS)/$$system/usr/sbin/sshd && continue; rm -rf $(ROOTS)/$$system; \
+	    suite=$${system%-arm64}; arch=; \
+	    if [ $$suite != $$system ]; then \
+	        arch=--arch=arm64; $(RUNS_ARM64) || { mkdir $(ROOTS)/$$system; continue; }; \
+	    fi; \
+	    echo "making a Debian $$system"; \
+	    debootstrap $$arch --variant=minbase --include=python3,openssh-server $$suite $(ROOTS)/$$system \
+	        >$(ROOTS)/$$system.log || { echo "make: debootstrap failed, see $(ROOTS)/$$system.log" >&2; exit 1; }; \
 	done
-	MOSH_ROOTS=$(abspath $(ROOTS)) $(PYTEST) tests/test_matrix.py
+	MOSH_ROOTS=$(abspath $(ROOTS)) $(PYTEST) -rs tests/test_matrix.py
 
 lint: $(VENV)/.tools ## check style and types
 	$(VENV)/bin/python -m ruff check $(SOURCES)
@@ -126,3 +132,16 @@ peers:
 	    echo "make: programs to test against that are not installed:$$(missing)" >&2; \
 	    if [ -n "$$CI" ]; then exit 1; fi; \
 	fi
+
+# Programs for arm64 run on another machine when the kernel hands them to qemu: the package asks the kernel to, except
+# in a container or wherever else nothing has booted.
+BINFMT := /proc/sys/fs/binfmt_misc
+RUNS_ARM64 := [ "$$(uname -m)" = aarch64 -o -e $(BINFMT)/qemu-aarch64 ]
+
+emulator:
+	@$(RUNS_ARM64) || { \
+	    apt-get -qq update; DEBIAN_FRONTEND=noninteractive apt-get -qq -y install --no-install-recommends \
+	        qemu-user-static >/dev/null; \
+	    test -e $(BINFMT)/register || mount -t binfmt_misc binfmt_misc $(BINFMT); \
+	    $(RUNS_ARM64) || cat /usr/lib/binfmt.d/qemu-aarch64.conf >$(BINFMT)/register; \
+	} || echo "make: cannot emulate arm64, which takes qemu-user-static and binfmt_misc" >&2
