@@ -40,8 +40,8 @@ endef
 mosh.pyz: mosh.py build_zipapp.py
 	$(build)
 
-run: mosh.pyz ## start a session on this machine, or with HOST=you@host on that one
-	@$(PYTHON) mosh.pyz $(if $(HOST),$(HOST),--local 127.0.0.1)
+run: mosh-slim.pyz ## start a session on this machine, or with HOST=you@host on that one
+	@$(PYTHON) mosh-slim.pyz $(if $(HOST),$(HOST),--local 127.0.0.1)
 
 slim: mosh-slim.pyz ## build mosh-slim.pyz, without bytecode and libraries: a hundredth of the size, 0.1 s more at each start
 
