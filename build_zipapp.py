@@ -420,7 +420,8 @@ def fetch(wheel: Wheel, folder: Path) -> bytes:
             result = subprocess.run(
                 [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet", "--no-deps",
                  "--retries", "1", "--timeout", "10", "--only-binary=:all:", "--dest", draft,
-                 "--platform", PLATFORMS[wheel.platform], "--implementation", "cp", "--python-version", *python, f"{wheel.project}=={wheel.version}"],
+                 "--platform", PLATFORMS[wheel.platform], "--implementation", "cp",
+                 "--python-version", *python, f"{wheel.project}=={wheel.version}"],
                 stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", check=False,
             )
             found = next(Path(draft).glob("*.whl"), None)
