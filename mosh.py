@@ -5814,7 +5814,8 @@ def choose_cipher(wanted: str = "") -> Callable[[bytes], Cipher]:
 # client has been heard: until then the window size and, with peers of ours, the capabilities are not known.
 
 PTY_READ_BYTES = 16_384
-PTY_TURN_BYTES = 65_536  # read at most this much of a flood before keys and other events have their turn
+PTY_TURN_BYTES = 65_536  # read at most this much of a flood before keys and other events have their turn,
+PTY_TURN_MS = 2  # and no more than that in this time: 32 MB/s, of which a runaway program needs no second processor
 FIRST_CLIENT_MS = 60_000
 DROPS_LOGGED = 16  # with -v: each of the first dropped datagrams has a line
 _SERVER_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -6061,6 +6062,7 @@ class Server:
         self._started_at = now
         self._network_timeout_ms, self._signal_timeout_ms = (1000 * seconds for seconds in timeouts_s)
         self._pty_open = True
+        self._pty_rests_until = 0  # ms of the clock; see PTY_TURN_MS
         self._running = True
         self._size = core.size
         self._peer: Address | None = None
@@ -6071,13 +6073,13 @@ class Server:
         core, fd = self._core, self._child.fd
         while self._running and core.phase is not Phase.CLOSED:
             watch_pty = self._pty_open and core.phase is not Phase.CLOSING
-            readable = [self._udp, self._signals] + [fd] * watch_pty
+            readable = [self._udp, self._signals] + [fd] * (watch_pty and not self._pty_rests)
             writable = [fd] * (watch_pty and len(core.host_input) > 0)
             ready = waiter.wait(readable, writable, self._deadline())
             now = monotonic_ms()
             if self._udp in ready:
                 self._receive(now)
-            if fd in ready:
+            if fd in ready and not self._pty_rests:
                 self._read_pty(now)
             self._feed_pty(now)
             self._check_timeouts(now)
@@ -6088,6 +6090,8 @@ class Server:
 
     def _deadline(self) -> int | None:
         deadlines = [self._core.next_timeout()]
+        if self._pty_rests:
+            deadlines.append(self._pty_rests_until)
         if self._core.phase is Phase.CONNECTING:
             deadlines.append(self._started_at + FIRST_CLIENT_MS)
         if self._network_timeout_ms and self._core.phase is not Phase.CLOSING:
@@ -6131,6 +6135,11 @@ class Server:
 
     # -- pty
 
+    @property
+    def _pty_rests(self) -> bool:
+        """Whether so much has just been read that it is the turn of others."""
+        return monotonic_ms() < self._pty_rests_until
+
     def _read_pty(self, now: int) -> None:
         chunks: list[bytes] = []
         size = 0
@@ -6146,6 +6155,8 @@ class Server:
                 break
             chunks.append(chunk)
             size += len(chunk)
+        if size >= PTY_TURN_BYTES:
+            self._pty_rests_until = now + PTY_TURN_MS
         if chunks:
             self._core.receive_host_output(b"".join(chunks), now)
         if not self._pty_open:
@@ -6749,6 +6760,7 @@ _NOISE_LIMIT_BYTES = 1 << 22  # a host that has printed this much will never com
 _WITH_KEY = r"MOSH CONNECT \S+ \S+"  # security: what looks like a key is not shown
 _PROXY_CHUNK_BYTES = 4096
 SILENCE_LIMIT_MS = 30_000  # an open session says something by then, or never; a loaded small machine needs 5 s
+_FAREWELL_S = 0.2  # for ssh, which has usually ended long before the session
 _SENDS_LIMIT = 12  # a Python that cannot use the program is followed by the next one, which may want it too
 _SESSION_POLL_MS = 500  # how often to look whether the session is open, which only sets the clock for that limit
 PROGRESS_AFTER_MS = 500  # a shorter transfer is nobody's concern
@@ -7134,6 +7146,7 @@ class Login:
         self._asked_at: int | None = None  # when the program was asked for
         self._packed_bytes = 0
         self._sent_count = 0
+        self._answered: re.Match[str] | None = None  # the request for the program that was last answered
         self._progress_shown = False
         self._noise_bytes = 0
 
@@ -7303,8 +7316,9 @@ class Login:
         """Send the program if it is wanted, say so if that takes long, give up on a host that says nothing."""
         if self._options.local:
             return
-        needed = self.announcement.said.pop("NEED", None) is not None
-        if needed and self._program is not None and self._sent_count < _SENDS_LIMIT:
+        needed = self.announcement.said.get("NEED")
+        if needed is not self._answered and self._program is not None and self._sent_count < _SENDS_LIMIT:
+            self._answered = needed
             self._send_program(now)
         if "SERVER" in self.announcement.said:
             self._end_progress()
@@ -7394,9 +7408,14 @@ class Login:
         """Let go of the processes. After a login ssh may go on for as long as other sessions share its connection."""
         self._end_progress()
         self._close_stdin()
+        import subprocess
+
         for process in (self._process, self._lookup):
             if process is not None:
-                if process.poll() is None and not (process is self._process and self.announcement.complete):
+                if process is self._process and self.announcement.complete:
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        process.wait(_FAREWELL_S)
+                elif process.poll() is None:
                     process.terminate()
                     process.wait()
                 for pipe in (process.stdout, process.stderr):

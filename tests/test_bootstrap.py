@@ -623,6 +623,16 @@ def test_a_transfer_that_takes_long_shows_how_far_it_is(
         assert not terminal or "\r\x1b[K" in shown.rpartition("once: ")[2], "the progress was not taken away"
 
 
+TWICE = """t=$MOSH_TOKEN; head -c 16 >/dev/null
+for n in 1 2; do echo "$t NEED 3.11.$n"; read -r token size; head -c "$size" >/dev/null; done
+"""
+
+
+def test_a_second_python_that_wants_the_program_gets_it_too(tmp_path: Path) -> None:
+    """As after one that has no AES-OCB, which shows only when the program runs."""
+    assert _run_login(LOOKUP + TWICE + STARTS + SAYS_IT, tmp_path, server="")[0] == KEY
+
+
 def test_a_quick_transfer_shows_nothing(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
