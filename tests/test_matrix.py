@@ -183,7 +183,8 @@ def end_there(root: Path, there: Path, pyz: Path) -> End:
     """The one file in the bare system, under the names of stock's programs, as whatever starts those finds it."""
     for name in ("mosh-server", "mosh-client"):
         shutil.copy(pyz, there / name)
-    env = peers.session_env(HOME, PATH=f"{HOME}:/usr/bin:/bin", SHELL="/bin/bash", MOSH_SERVER_NETWORK_TMOUT="60")
+    env = peers.session_env(
+        HOME, PATH=f"{HOME}:/usr/bin:/bin", SHELL="/bin/bash", MOSH_SERVER_NETWORK_TMOUT="60", PYTHONWARNINGS="error")
     return End("stock", inside(root), there, env)
 
 
