@@ -152,7 +152,7 @@ def test_a_debian_without_python_is_told_what_it_lacks(root: Path, tmp_path: Pat
 PAGE = (
     "\033[1;31mbold red\033[m \033[38;5;208morange\033[48;5;17m on navy\033[m \033[38;2;1;2;3mtrue color\033[m",
     "漢字かな한글|\N{GRINNING FACE}|e\N{COMBINING ACUTE ACCENT}|Привет|┌─┐½€|",
-    "x" * 79 + "漢|",
+    "x" * 79 + "漢|\N{GRINNING FACE}\b\b\N{EURO SIGN}\bone column|",      # wrong widths would leave something there
     "\033[44m\033[K\033[60Cto here\033[m",
 )
 STEPS = {       # what is typed: how the screen ends then
@@ -183,7 +183,8 @@ def end_there(root: Path, there: Path, pyz: Path) -> End:
     """The one file in the bare system, under the names of stock's programs, as whatever starts those finds it."""
     for name in ("mosh-server", "mosh-client"):
         shutil.copy(pyz, there / name)
-    env = peers.session_env(HOME, PATH=f"{HOME}:/usr/bin:/bin", SHELL="/bin/bash", MOSH_SERVER_NETWORK_TMOUT="60")
+    env = peers.session_env(
+        HOME, PATH=f"{HOME}:/usr/bin:/bin", SHELL="/bin/bash", MOSH_SERVER_NETWORK_TMOUT="60", PYTHONWARNINGS="error")
     return End("stock", inside(root), there, env)
 
 
