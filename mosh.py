@@ -49,7 +49,7 @@ import zlib
 from collections import deque, namedtuple
 from enum import Enum, auto
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, takewhile
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -3862,13 +3862,13 @@ class CursorKeyFilter:
 # ======================================================================================================================
 # == 14. Prediction and overlays -- prediction engine, notification bar, title
 # ======================================================================================================================
-# The client shows what the user types before the server has echoed it. It guesses that a letter appears where the
-# cursor is and checks each guess against the screen once the echo ack says that the screen has had time to show it.
+# The client shows what the user types before the server has echoed it. It predicts that a letter appears where the
+# cursor is and judges each prediction by the screen once the echo ack says that the screen has had time to show it.
 #
-# Guesses come in epochs. A new epoch starts hidden ("tentative") whenever the program may do something else than echo:
-# after Return, a control key, an escape sequence. The first guess of an epoch that proves right makes the epoch and all
-# that was guessed in it visible. So a password, never echoed, is never shown, and a full-screen program costs at most
-# one round trip before its typing is instant too. One visible guess that proves wrong drops everything.
+# Predictions come in epochs. A new epoch starts hidden ("tentative") whenever the program may do something else than
+# echo: after Return, a control key, an escape sequence. The first prediction of an epoch that is confirmed makes the
+# epoch and all that was predicted in it visible. So a password, never echoed, is never shown, and a full-screen program
+# costs at most one round trip before its typing is instant too. One visible prediction that is wrong drops everything.
 #
 # Predictions are made against what the user sees, the overlays included, and judged against the server's bare screen.
 
@@ -7138,7 +7138,7 @@ class Login:
         self.names: list[str] = []  # what may be looked up again if the server moves
         # the processes, and our end of ssh's stdin
         self._process: subprocess.Popen[bytes] | None = None
-        self._lookup: subprocess.Popen[bytes] | None = None
+        self._config_query: subprocess.Popen[bytes] | None = None
         self._stdin_reader = self._stdin = -1
         self._to_send = memoryview(b"")
         # what happened so far, in ms of the clock
@@ -7177,8 +7177,8 @@ class Login:
                 command, stdin=stdin, stdout=pipe, stderr=pipe, env=environ, cwd=directory
             )
             if not options.local and options.remote_ip == "auto":
-                lookup = [*options.ssh, "-G", options.host]
-                self._lookup = subprocess.Popen(lookup, stdin=null, stdout=pipe, stderr=null)
+                query = [*options.ssh, "-G", options.host]
+                self._config_query = subprocess.Popen(query, stdin=null, stdout=pipe, stderr=null)
         except OSError as error:
             raise BootstrapError(f"cannot run {command[0]}: {error.strerror}", SERVER_NOT_FOUND) from None
 
@@ -7374,7 +7374,7 @@ class Login:
     def _candidates(self) -> list[Candidate]:
         """Return every address the server may have, the likeliest first."""
         names = [self.announcement.address] if self.announcement.address else []
-        if self._lookup is not None:
+        if self._config_query is not None:
             names.append(self._looked_up_name())
         self.names = [name for name in names if name]
         candidates: dict[Candidate, None] = {}
@@ -7392,11 +7392,11 @@ class Login:
         """Return the host name that ssh's configuration gives."""
         import subprocess
 
-        assert self._lookup is not None
+        assert self._config_query is not None
         try:
-            output, _ = self._lookup.communicate(timeout=_SSH_ADDRESS_WAIT_S)
+            output, _ = self._config_query.communicate(timeout=_SSH_ADDRESS_WAIT_S)
         except subprocess.TimeoutExpired:
-            self._lookup.kill()
+            self._config_query.kill()
             return ""
         for line in output.decode("utf-8", "replace").splitlines():
             word, _, value = line.partition(" ")
@@ -7410,7 +7410,7 @@ class Login:
         self._close_stdin()
         import subprocess
 
-        for process in (self._process, self._lookup):
+        for process in (self._process, self._config_query):
             if process is not None:
                 if process is self._process and self.announcement.complete:
                     with contextlib.suppress(subprocess.TimeoutExpired):
@@ -7471,6 +7471,11 @@ _SERVER_USAGE = """usage: {program} new [-s] [-v] [-i ADDRESS] [-p PORT[:PORT2]]
 _CLIENT_USAGE = "usage: {program} IP PORT    (the key is in the environment as MOSH_KEY)\n       {program} -c"
 
 
+def words_of_ours(words: Sequence[str]) -> list[str]:
+    """Return the words before the first `--`, behind which there is a command."""
+    return list(takewhile("--".__ne__, words))
+
+
 def parse_port(text: str, complaint: str = "Bad UDP port") -> int:
     """Parse one UDP or TCP port. Raises UsageError."""
     if not re.fullmatch(r"\d{1,5}", text, re.ASCII) or int(text) > 65535:
@@ -7506,7 +7511,7 @@ def _prediction_mode(word: str, origin: str = "") -> PredictionMode:
 
 def _asks_for_version(words: Sequence[str]) -> bool:
     """Print the version if one of the words before `--` asks for it, with -v all of it. Returns whether one did."""
-    own = words[: words.index("--")] if "--" in words else words
+    own = words_of_ours(words)
     if "--version" in own:
         print(_version_text("-v" in own or "--verbose" in own))
     return "--version" in own
@@ -7614,7 +7619,7 @@ def _normalize(parser: argparse.ArgumentParser, words: Sequence[str]) -> list[st
 
 def _parse_wrapper(words: Sequence[str]) -> argparse.Namespace:
     """Parse the wrapper's command line; options count up to the first `--`. Raises UsageError."""
-    own = list(words[: words.index("--")]) if "--" in words else list(words)
+    own = words_of_ours(words)
     command = list(words[len(own) + 1 :])
     parser = _wrapper_parser()
     arguments = parser.parse_intermixed_args(_normalize(parser, own))
@@ -7748,7 +7753,7 @@ def _short_options(words: Sequence[str], with_value: str, flags: str) -> Iterato
 def _parse_server(program: str, words: Sequence[str]) -> ServerOptions:
     """Parse the server's command line as stock does, which goes on after an unknown option. Raises UsageError."""
     options = ServerOptions()
-    own = list(words[: words.index("--")]) if "--" in words else list(words)
+    own = words_of_ours(words)
     options.command = list(words[len(own) + 1 :])
     if own and own[0] != "new" and not own[0].startswith("-"):  # the old form: ADDRESS [PORT]
         options.bind_address = own.pop(0)
@@ -7843,7 +7848,7 @@ def _asks_for_text(words: Sequence[str], usage: str) -> bool:
     """Print help or version if one of the words before `--` asks for it. Returns whether one did."""
     if _asks_for_version(words):
         return True
-    own = words[: words.index("--")] if "--" in words else words
+    own = words_of_ours(words)
     if "--help" in own or "-h" in own:
         print(usage)
         return True
