@@ -6079,6 +6079,7 @@ class Server:
             now = monotonic_ms()
             if self._udp in ready:
                 self._receive(now)
+                self._feed_pty(now)  # before reading: a flood takes 7 ms of a turn, which Ctrl-C should not wait for
             if fd in ready and not self._pty_rests:
                 self._read_pty(now)
             self._feed_pty(now)
