@@ -21,8 +21,8 @@ The file reads from top to bottom; a section uses only sections above it. Search
   7. Transport -- SSP: sender, receiver, timers; generic over any state
   8. Text -- UTF-8 decoding, character widths
   9. Framebuffer -- rendition, cell, row, cursor, framebuffer
- 10. Parser -- bytes to actions: the escape-sequence state tables
- 11. Emulator -- actions to framebuffer: C0, ESC, CSI and OSC dispatch tables
+ 10. Parser -- characters to text and control functions: the escape-sequence state tables
+ 11. Emulator -- control functions to framebuffer: C0, ESC, CSI and OSC dispatch tables
  12. Display -- frame diff: two framebuffers in, terminal bytes out
  13. Synchronized states -- user stream (keys, resizes) and terminal state (screen, echo ack)
  14. Prediction and overlays -- prediction engine, notification bar, title
@@ -528,7 +528,7 @@ INITIAL_SRTT_MS = 1_000.0
 TIMESTAMP_HOLD_MS = 1_000  # a timestamp older than this is not echoed
 CONGESTION_PENALTY_MS = 500  # a marked packet is reported this much later, which slows the peer's frames
 REPLAY_WINDOW = 1_024  # datagrams before the newest: it is known which of them have been here; older ones are dropped
-AMPLIFICATION_LIMIT = 3  # times the bytes received may go to an address not yet heard again; as in QUIC, RFC 9000
+AMPLIFICATION_LIMIT = 3  # times the bytes received may go to an address that is not proven; as in QUIC, RFC 9000
 ASSOCIATION_MS = 40_000  # a server stops sending to an address silent for so long
 PORT_HOP_MS = 10_000  # a client without an answer for so long tries another local port
 MAX_OLD_PORT_AGE_MS = 60_000  # and closes the old ones after this
@@ -996,7 +996,7 @@ DIFF_LIMIT_BYTES = INSTRUCTION_LIMIT_BYTES - 1_024  # beyond it a state is sent 
 RESEND_LIMIT_BYTES, RESEND_EXTRA_BYTES = 1_000, 100  # diff from what is known to be there if it costs no more than this
 
 # While an address may not be sent much (section 5), a diff that is too large waits, and a probe goes instead: a diff
-# that changes nothing and is acknowledged within ACK_DELAY_MS like any other, by which the address is heard again.
+# that changes nothing and is acknowledged within ACK_DELAY_MS like any other, by which the address is proven.
 PROBE_DIFF = encode_field(MESSAGE_INSTRUCTION, b"")
 HURRIED_BYTES = 400  # what a client that has moved sends at least, so that a server may answer with a whole datagram
 EMPTY_DATAGRAM_BYTES = 110  # at most, for an instruction with an empty diff and state numbers below 2**32
@@ -2147,7 +2147,7 @@ class Framebuffer:
 
 
 # ======================================================================================================================
-# == 10. Parser -- bytes to actions: the escape-sequence state tables
+# == 10. Parser -- characters to text and control functions: the escape-sequence state tables
 # ======================================================================================================================
 # Source: the state machine for DEC terminals (ECMA-48 syntax as the VT500 parses it), in the form stock mosh has it.
 # It works on characters, after UTF-8. Three things set it apart: C1 controls exist only as U+0080 to U+009F, never as
@@ -2286,7 +2286,7 @@ class Parser:
             return pieces
         out: list[str] = []
         at = 0
-        while at < len(pieces):
+        while at < len(pieces):  # whole stretches in the ground state, up to what leaves it; then piece by piece
             if self.state is ParserState.GROUND:
                 opener = next((n for n in range(at | 1, len(pieces), 2) if pieces[n] in _OPENERS), len(pieces))
                 if len(out) % 2 != at % 2:
@@ -2355,7 +2355,7 @@ def _append(out: list[str], piece: str, is_text: bool = False) -> None:
 
 
 # ======================================================================================================================
-# == 11. Emulator -- actions to framebuffer: C0, ESC, CSI and OSC dispatch tables
+# == 11. Emulator -- control functions to framebuffer: C0, ESC, CSI and OSC dispatch tables
 # ======================================================================================================================
 # The server runs it on the program's output; the client runs the same one on the server's diffs, which are escape
 # sequences too. So it must do exactly what stock mosh's emulator does, quirks included, or a stock peer's screen
