@@ -2074,6 +2074,10 @@ class Framebuffer:
         line = self.rows[row]
         return (line.text[col], line.attrs[col]) if col < len(line.text) else (NUL, line.fill)
 
+    def codes_of(self, row: int) -> list[tuple[str, str]]:
+        """Return what code_at gives for every cell of a row."""
+        return list(zip(*self.rows[row].padded(self.width)))
+
     def set_code(self, row: int, col: int, text: str, attrs: str) -> None:
         """Replace cells of one row, given as code points."""
         self.rows[row] = self.rows[row].with_cells(col, text, attrs)
@@ -3499,14 +3503,18 @@ def _find_scroll(old: list[Row], new: list[Row]) -> tuple[int, int, int, bool]:
     """Return (top, bottom, distance, certain) of the most promising scroll; distance 0 for none, below 0 for down.
 
     Rows that have moved vote, by their length, for the distance they have moved; the first few winners are examined.
-    Unless it is `certain`, the scroll may turn out not to save anything.
+    Unless it is `certain`, the scroll may turn out not to save anything. A single row that differs has to be written
+    in any case.
     """
+    changed = [(i, row) for i, row in enumerate(new) if row is not old[i] and row != old[i]]
+    if len(changed) < 2:
+        return 0, 0, 0, False
     places: dict[Row, list[int]] = {}
     for i, row in enumerate(old):
         places.setdefault(row, []).append(i)
     votes: dict[int, int] = {}
-    for i, row in enumerate(new):
-        if row is not old[i] and row != old[i] and row in places:
+    for i, row in changed:
+        if row in places:
             at = bisect.bisect(places[row], i)
             for place in places[row][max(0, at - 1) : at + 1]:  # the nearest ones above and below
                 votes[place - i] = votes.get(place - i, 0) + _MOVE_BYTES + len(row.text)
@@ -3904,7 +3912,6 @@ class PredictionMode(Enum):
 class Verdict(Enum):
     """What the screen says about a prediction."""
 
-    INACTIVE = auto()
     PENDING = auto()  # the screen cannot show it yet
     CORRECT = auto()
     NO_CREDIT = auto()  # right, but it may be by accident
@@ -3948,14 +3955,31 @@ class CellPrediction:
         if old not in self.olds:
             self.olds = [*self.olds[1 - OLDS_LIMIT :], old]
 
-    def recycle(self) -> None:
-        """Make room for a newer prediction, remembering this one as something that may have been there."""
-        if self.active and not self.unknown:
+    def arm(self, until: int, expires: int, now: int) -> None:
+        """Be a prediction of epoch `until`, to be judged once the echo ack has reached `expires`."""
+        self.active = True
+        self.until = until
+        self.expires = expires
+        self.made_at = now
+
+    def recycle(self, there: CodePair) -> None:
+        """Make room for a newer prediction: this one, and what the user sees `there`, may have been there before."""
+        if not self.active or self.unknown:
+            self.unknown = False
+            self.olds = [there]
+        elif self.new not in self.olds or there not in self.olds:
             self.remember(self.new)
-            self.active = False
-            self.expires = self.until = NEVER
+            self.remember(there)
+
+    def take_from(self, neighbour: CellPrediction, there: CodePair) -> None:
+        """Predict what is predicted for the neighbour now, or else what the user sees `there`."""
+        if not neighbour.active:
+            self.unknown = False
+            self.new = there
         else:
-            self.clear()
+            self.unknown = neighbour.unknown
+            if not neighbour.unknown:
+                self.new = neighbour.new
 
 
 class PredictionEngine:
@@ -4038,8 +4062,6 @@ class PredictionEngine:
     # -- judging
 
     def _cell_verdict(self, cell: CellPrediction, row: int, col: int, screen: Framebuffer) -> Verdict:
-        if not cell.active:
-            return Verdict.INACTIVE
         if row >= screen.height or col >= screen.width:
             return Verdict.WRONG
         if self._echo_ack < cell.expires:
@@ -4103,6 +4125,8 @@ class PredictionEngine:
                 del self.rows[row]
                 continue
             for col, cell in enumerate(self.rows[row]):
+                if not cell.active:
+                    continue
                 verdict = self._cell_verdict(cell, row, col, screen)
                 if verdict is Verdict.WRONG:
                     if self.mode is PredictionMode.EXPERIMENTAL:
@@ -4112,19 +4136,14 @@ class PredictionEngine:
                     else:
                         self.reset()
                         return False
-                elif verdict is Verdict.PENDING:
-                    self._note_delay(now - cell.made_at)
-                elif verdict is not Verdict.INACTIVE:
+                elif verdict is not Verdict.PENDING:
                     if verdict is Verdict.CORRECT:
                         self._confirm(row, col, cell, screen, now)
                     cell.clear()
+                elif now - cell.made_at >= GLITCH_MS:
+                    is_strong = now - cell.made_at >= STRONG_GLITCH_MS
+                    self.glitch = 2 * GLITCH_CURE_COUNT if is_strong else max(self.glitch, GLITCH_CURE_COUNT)
         return True
-
-    def _note_delay(self, pending_ms: int) -> None:
-        if pending_ms >= STRONG_GLITCH_MS:
-            self.glitch = 2 * GLITCH_CURE_COUNT
-        elif pending_ms >= GLITCH_MS:
-            self.glitch = max(self.glitch, GLITCH_CURE_COUNT)
 
     def _confirm(self, row: int, col: int, cell: CellPrediction, screen: Framebuffer, now: int) -> None:
         """A prediction came true: trust its epoch, and expect the rest of the row in the same rendition."""
@@ -4149,19 +4168,19 @@ class PredictionEngine:
             if cursor.until <= self.confirmed_epoch and cursor.row < screen.height and cursor.col < screen.width:
                 screen.cursor_row, screen.cursor_col = cursor.row, cursor.col
         for row, cells in self.rows.items():
-            for col, cell in enumerate(cells):
-                if cell.active and cell.until <= self.confirmed_epoch and row < screen.height and col < screen.width:
-                    self._apply_cell(cell, row, col, screen)
+            if row < screen.height:
+                for col, (cell, there) in enumerate(zip(cells, screen.codes_of(row))):
+                    if cell.active and cell.until <= self.confirmed_epoch and (cell.unknown or cell.new != there):
+                        self._apply_cell(cell, row, col, screen)
 
     def _apply_cell(self, cell: CellPrediction, row: int, col: int, screen: Framebuffer) -> None:
         there = screen.code_at(row, col)
         underline = self.underlines and not (self._is_blank(there) and self._is_blank(cell.new))
-        if cell.unknown:
-            if underline and col != screen.width - 1:
-                screen.set_code(row, col, there[0], self._underlined(there[1]))
-        elif there != cell.new:
+        if not cell.unknown:
             text, attr = cell.new
             screen.set_code(row, col, text, self._underlined(attr) if underline else attr)
+        elif underline and col != screen.width - 1:
+            screen.set_code(row, col, there[0], self._underlined(there[1]))
 
     def _underlined(self, attr: str) -> str:
         pen = self._book.rendition(attr)
@@ -4230,30 +4249,10 @@ class PredictionEngine:
             self.rows[row] = [CellPrediction(self.epoch) for _ in range(self._screen.width)]
         return self.rows[row]
 
-    def _arm(self, cell: CellPrediction) -> None:
-        cell.active = True
-        cell.until = self.epoch
-        cell.expires = self._last_sent_num + 1
-        cell.made_at = self._now
-
-    def _replace(self, row: int, col: int) -> CellPrediction:
-        """Start a new prediction for a cell, with what the user sees there as something that was there before."""
-        cell = self._row_cells(row)[col]
-        cell.recycle()
-        self._arm(cell)
-        cell.remember(self._screen.code_at(row, col))
-        return cell
-
-    def _take_from(self, cell: CellPrediction, row: int, col: int) -> None:
-        """Predict that `cell` shows what is in column `col` now."""
-        neighbour = self._row_cells(row)[col]
-        if not neighbour.active:
-            cell.unknown = False
-            cell.new = self._screen.code_at(row, col)
-        else:
-            cell.unknown = neighbour.unknown
-            if not neighbour.unknown:
-                cell.new = neighbour.new
+    def _arm(self, cells: Iterable[CellPrediction]) -> None:
+        expires = self._last_sent_num + 1
+        for cell in cells:
+            cell.arm(self.epoch, expires, self._now)
 
     def _backspace(self) -> None:
         cursor, screen = self._ensure_cursor(), self._screen
@@ -4264,18 +4263,19 @@ class PredictionEngine:
         self._touch(cursor.col - 1)
         if self.overwrite:
             cell = cells[cursor.col]
-            cell.recycle()
-            self._arm(cell)
             text, attr = screen.code_at(screen.cursor_row, screen.cursor_col)
-            cell.remember((text, attr))
+            cell.recycle((text, attr))
             cell.new = (self._same_shape(text, " "), attr)
+            self._arm((cell,))
             return
+        shown = screen.codes_of(row)
         for col in range(cursor.col, width):
-            cell = self._replace(row, col)
+            cells[col].recycle(shown[col])
             if col + 2 < width:
-                self._take_from(cell, row, col + 1)
+                cells[col].take_from(cells[col + 1], shown[col + 1])
             else:
-                cell.unknown = True
+                cells[col].unknown = True
+        self._arm(cells[cursor.col :])
 
     def _type(self, char: str) -> None:
         cursor, screen = self._ensure_cursor(), self._screen
@@ -4283,14 +4283,17 @@ class PredictionEngine:
         cells = self._row_cells(row)
         if col == width - 1:
             self._become_tentative()
+        shown = screen.codes_of(row)
         if not self.overwrite:
             for shifted in range(width - 1, col, -1):
-                cell = self._replace(row, shifted)
+                cells[shifted].recycle(shown[shifted])
                 if shifted == width - 1:
-                    cell.unknown = True
+                    cells[shifted].unknown = True
                 else:
-                    self._take_from(cell, row, shifted - 1)
-        cell = self._replace(row, col)
+                    cells[shifted].take_from(cells[shifted - 1], shown[shifted - 1])
+        cell = cells[col]
+        cell.recycle(shown[col])
+        self._arm((cell,) if self.overwrite else cells[col:])
         attr = self._attr_for_typing(row, col, cells)
         cell.new = (self._same_shape(cell.new[0], char), attr)
         self._touch(col)
@@ -4318,8 +4321,9 @@ class PredictionEngine:
         if cursor.row < self._screen.height - 1:
             cursor.row += 1
             return
-        for cell in self._row_cells(cursor.row):  # the screen will scroll; no need to predict how
-            self._arm(cell)
+        cells = self._row_cells(cursor.row)  # the screen will scroll; no need to predict how
+        self._arm(cells)
+        for cell in cells:
             cell.new = (NUL, cell.new[1])
 
 
@@ -5098,7 +5102,7 @@ import contextlib  # noqa: E402
 import errno  # noqa: E402
 import fcntl  # noqa: E402
 import os  # noqa: E402
-import selectors  # noqa: E402
+import select  # noqa: E402
 import signal  # noqa: E402
 import socket  # noqa: E402
 import termios  # noqa: E402
@@ -5124,7 +5128,7 @@ SLEEP_MS = 1_000  # a machine that has slept for so long may be elsewhere
 LOOK_MS = 1_000  # how often at most to look at the address to send from
 NOTICE_MS = 50  # after a notice, since more follow; a first datagram too early costs 1 s of neighbour discovery
 NOTICES_PER_TURN = 1_000
-_NETLINK_GROUPS = 0x10 | 0x40 | 0x100 | 0x400  # addresses and routes of IPv4 and IPv6: linux/rtnetlink.h
+_NETLINK_GROUPS = 0x1D0 | 0x40400  # addresses, routes and rules of IPv4 and IPv6: linux/rtnetlink.h
 DATAGRAMS_PER_TURN = 64  # read at most this many before everything else has its turn
 _ECN_CAPABLE = 0x02  # IP TOS: ECT(0), RFC 3168
 _ECN_CONGESTED = 0x03
@@ -5170,9 +5174,7 @@ def write_all(descriptor: int, data: bytes) -> None:
         try:
             view = view[os.write(descriptor, view) :]
         except BlockingIOError:
-            with selectors.SelectSelector() as selector:
-                selector.register(descriptor, selectors.EVENT_WRITE)
-                selector.select()
+            select.select((), (descriptor,), ())
         except OSError:
             return
 
@@ -5368,13 +5370,13 @@ class NetworkWatch:
     """Notices that this machine may be in another network: it has slept, or it would send from another address.
 
     The kernel tells at once that something has changed, on Linux and the BSDs, and often what does not matter here; the
-    address to send from decides, soon after. Where it tells nothing, that is looked at now and then.
+    address to send from decides, soon after. Where it never tells anything, that is looked at now and then.
     """
 
     def __init__(self, now: int) -> None:
         self._notices = self._kernel_notices()
         self._sources: dict[Any, str] = {}
-        self._checked_at = now - LOOK_MS
+        self._checked_at = now
         self._check_at: int | None = None  # after a notice
         self._slept_ms = _slept_ms()
 
@@ -5406,20 +5408,23 @@ class NetworkWatch:
         """Return when `changed` has to be asked next."""
         return self._check_at
 
-    def changed(self, targets: Iterable[tuple[int, Address]], ready: Iterable[Any], now: int) -> bool:
+    def changed(self, targets: Sequence[tuple[int, Address]], ready: Iterable[Any], now: int) -> bool:
         """Return whether the path to one of `targets`, (family, address) each, can no longer be what it was."""
         slept_ms = _slept_ms()
         slept = slept_ms - self._slept_ms > SLEEP_MS
         self._slept_ms = slept_ms
+        before = self._sources
+        if before.keys() != set(targets):
+            self._sources = before = {at: before[at] if at in before else local_address(*at) for at in targets}
         if self._notices is not None and self._notices in ready:
             self._drain(self._notices)
             self._check_at = now + NOTICE_MS
-        check_at = self._checked_at + LOOK_MS if self._check_at is None else self._check_at
-        if not slept and now < check_at:
+        check_at = self._checked_at + LOOK_MS if self._notices is None else self._check_at
+        if not slept and (check_at is None or now < check_at):
             return False
         self._checked_at, self._check_at = now, None
-        before, self._sources = self._sources, {target: local_address(*target) for target in targets}
-        return slept or any(before.get(target, source) != source for target, source in self._sources.items())
+        self._sources = {target: local_address(*target) for target in before}
+        return slept or self._sources != before
 
     @staticmethod
     def _drain(notices: socket.socket) -> None:
@@ -5473,26 +5478,11 @@ class Signals:
         self._writer.close()
 
 
-class Waiter:
-    """Waits for any of a changing set of descriptors, up to a deadline."""
-
-    def __init__(self) -> None:
-        self._selector = selectors.SelectSelector()
-
-    def wait(self, readable: Iterable[Any], writable: Iterable[Any], deadline: int | None) -> set[Any]:
-        """Return those of the given objects (or descriptors) that are ready; none at `deadline`, or now and then."""
-        wanted: dict[Any, int] = dict.fromkeys(readable, selectors.EVENT_READ)
-        for item in writable:
-            wanted[item] = wanted.get(item, 0) | selectors.EVENT_WRITE
-        for item, events in wanted.items():
-            self._selector.register(item, events)
-        try:
-            wait_ms = LONGEST_WAIT_MS if deadline is None else deadline - monotonic_ms()
-            ready = self._selector.select(max(0, min(wait_ms, LONGEST_WAIT_MS)) / 1000)
-            return {key.fileobj for key, _ in ready}
-        finally:
-            for item in wanted:
-                self._selector.unregister(item)
+def wait(readable: Iterable[Any], writable: Iterable[Any], deadline: int | None) -> set[Any]:
+    """Return those of the given objects (or descriptors) that are ready; none at `deadline`, or now and then."""
+    wait_ms = LONGEST_WAIT_MS if deadline is None else deadline - monotonic_ms()
+    ready = select.select(list(readable), list(writable), (), max(0, min(wait_ms, LONGEST_WAIT_MS)) / 1000)
+    return {*ready[0], *ready[1]}
 
 
 def open_standard_descriptors() -> None:
@@ -6069,13 +6059,12 @@ class Server:
 
     def run(self) -> None:
         """Serve until the program or the client ends."""
-        waiter = Waiter()
         core, fd = self._core, self._child.fd
         while self._running and core.phase is not Phase.CLOSED:
             watch_pty = self._pty_open and core.phase is not Phase.CLOSING
             readable = [self._udp, self._signals] + [fd] * (watch_pty and not self._pty_rests)
             writable = [fd] * (watch_pty and len(core.host_input) > 0)
-            ready = waiter.wait(readable, writable, self._deadline())
+            ready = wait(readable, writable, self._deadline())
             now = monotonic_ms()
             if self._udp in ready:
                 self._receive(now)
@@ -6084,7 +6073,8 @@ class Server:
                 self._read_pty(now)
             self._feed_pty(now)
             self._check_timeouts(now)
-            self._check_signals(now)
+            if self._signals in ready:
+                self._check_signals(now)
             self._send(now)
         self._child.close()
         self._log("[mosh-server is exiting.]")
@@ -6533,7 +6523,6 @@ class Client:
         self._signals.close()
 
     def _serve(self) -> None:
-        waiter = Waiter()
         core = self._core
         while True:
             self._draw()
@@ -6543,7 +6532,7 @@ class Client:
             readable = [*self._sockets.all, self._signals, *self._network.readable(), *self._lookup.readable()]
             readable += [0] * (self._stdin_open and core.takes_keys)
             deadlines = (core.next_timeout(), self._network.next_timeout(), self._lookup.next_timeout())
-            ready = waiter.wait(readable, (), min(at for at in deadlines if at is not None))
+            ready = wait(readable, (), min(at for at in deadlines if at is not None))
             now = monotonic_ms()
             self._follow_network(ready, now)
             for udp in self._sockets.all:
@@ -6553,7 +6542,8 @@ class Client:
                 self._sockets.close_old()
             if 0 in ready:
                 self._read_keys(now)
-            self._check_signals(now)
+            if self._signals in ready:
+                self._check_signals(now)
 
     def _draw(self) -> None:
         frame = self._core.frame_to_draw(monotonic_ms())
@@ -6636,6 +6626,7 @@ class Client:
         write_all(1, b"\n\x1b[37;44m[mosh is suspended.]\x1b[m\n")
         os.kill(0, signal.SIGSTOP)  # the whole job, so that the shell notices
         self._resume(monotonic_ms())
+        self._check_signals(monotonic_ms())
 
     def _resume(self, now: int) -> None:
         self._terminal.enter()
@@ -6863,7 +6854,7 @@ def at_each_place(work, create):
             os.execv(sys.executable, [sys.executable, "-IS", path, "server"] + arguments)
 
 at_each_place(intact, False)
-if not all(map(PathFinder.find_spec, ("ctypes", "termios", "pty", "selectors"))):
+if not all(map(PathFinder.find_spec, ("ctypes", "termios", "pty"))):
     say("PARTIAL", version, sys.executable)
     sys.exit(42)
 code = build(receive())
@@ -7273,10 +7264,9 @@ class Login:
         assert process is not None and process.stdout is not None and process.stderr is not None
         protected = process.stdout.fileno()
         pending = {protected: b"", process.stderr.fileno(): b""}  # the descriptors still open
-        waiter = Waiter()
         while pending and not self.announcement.complete:
             writable = [self._stdin] if self._to_send else []
-            ready = waiter.wait(pending, writable, self._next_look())
+            ready = wait(pending, writable, self._next_look())
             now = monotonic_ms()
             if self._stdin in ready:
                 self._write_stdin()
@@ -7294,7 +7284,7 @@ class Login:
                 if descriptor == protected:
                     self._heard_at = now
             self._check_progress(now)
-        if self._options.remote_ip == "proxy" and waiter.wait(pending.keys() - {protected}, (), 0):
+        if self._options.remote_ip == "proxy" and wait(pending.keys() - {protected}, (), 0):
             for line in os.read(process.stderr.fileno(), 4096).split(b"\n"):
                 self._take_line(line, trusted=False)
         if not self.announcement.complete:
@@ -7439,10 +7429,9 @@ def fake_proxy(host: str, port: int, family: str) -> int:
     token = os.environ.get("MOSH_TOKEN", "MOSH")
     print(f"{token} IP {connection.getpeername()[0]}", file=sys.stderr, flush=True)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    waiter = Waiter()
     sources = {0, connection.fileno()}
     while connection.fileno() in sources:
-        for source in waiter.wait(sources, (), None):
+        for source in wait(sources, (), None):
             try:
                 data = os.read(source, _PROXY_CHUNK_BYTES)
             except OSError:

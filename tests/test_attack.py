@@ -69,7 +69,6 @@ class Victim(ABC):
         for udp in self.sockets.values():
             udp.bind(peers.LOOPBACK, 0)
             self.resources.callback(udp.close)
-        self._waiter = mosh.Waiter()
         self._marks = itertools.count()
         self._start(peers.session_env(home, MOSH_PREDICTION_DISPLAY="never", TERM="xterm-256color"))
         self.echo()
@@ -105,7 +104,7 @@ class Victim(ABC):
             self.sockets["peer"].send(datagram, self.address)
         at = self.core.next_timeout()
         until = now + wait_ms if at is None else min(now + wait_ms, at)
-        self._waiter.wait([*self.sockets.values(), *self._extra_descriptors()], (), until)
+        mosh.wait([*self.sockets.values(), *self._extra_descriptors()], (), until)
         for name, udp in self.sockets.items():
             while (received := udp.receive()) is not None:
                 self.sent_by_victim[name] += 1
@@ -341,7 +340,7 @@ def test_a_victim_of_a_forged_address_gets_little(kind: peers.Kind, home: Path) 
         received = 0
         until = mosh.monotonic_ms() + SILENT_MS
         while mosh.monotonic_ms() < until:
-            victim._waiter.wait([victim.sockets["other"]], (), until)
+            mosh.wait([victim.sockets["other"]], (), until)
             while (answer := victim.sockets["other"].receive()) is not None:
                 received += len(answer[0])
         print(f"\n{kind} server: {received} bytes for {len(held_up)} within {SILENT_MS} ms")

@@ -255,9 +255,8 @@ def _answer(lookup: mosh.Lookup) -> list[mosh.Candidate]:
     now = mosh.monotonic_ms()
     lookup.start(now)
     lookup.start(now)                       # while it runs another start does nothing
-    waiter = mosh.Waiter()
     while lookup.readable():
-        ready = waiter.wait(lookup.readable(), (), lookup.next_timeout())
+        ready = mosh.wait(lookup.readable(), (), lookup.next_timeout())
         found = lookup.answer(ready, mosh.monotonic_ms())
         if found:
             return found

@@ -302,7 +302,7 @@ def test_no_nonce_is_used_twice_by_a_program_that_is_stopped_and_hops(home: Path
             sources: set[int] = set()
             until = mosh.monotonic_ms() + mosh.PORT_HOP_MS + 8_000
             while len(sources) < 2 and mosh.monotonic_ms() < until:
-                victim._waiter.wait([victim.sockets["peer"]], (), until)
+                mosh.wait([victim.sockets["peer"]], (), until)
                 while (received := victim.sockets["peer"].receive()) is not None:
                     sources.add(received[1][1])
                     victim.genuine["victim"].append(received[0])

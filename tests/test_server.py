@@ -153,7 +153,7 @@ def test_an_ipv6_address_is_taken() -> None:
 def test_without_an_address_it_hears_both_families(family: Family, host: str) -> None:
     with _bound(_options()) as (udp, _), socket.socket(family, socket.SOCK_DGRAM) as sender:
         sender.sendto(b"hello", (host, udp.port))
-        ready = mosh.Waiter().wait([udp], (), mosh.monotonic_ms() + 5_000)
+        ready = mosh.wait([udp], (), mosh.monotonic_ms() + 5_000)
         received = udp.receive() if ready else None
         assert received is not None and received[0] == b"hello"
 
@@ -391,7 +391,6 @@ class Session:
         channel = mosh.Channel(mosh.choose_cipher()(key.raw), mosh.TO_SERVER)
         self._address = (LOOPBACK, server.port)
         self._udp = mosh.UdpSocket(socket.AF_INET)
-        self._waiter = mosh.Waiter()
         self.core = mosh.ClientCore(
             channel, mosh.monotonic_ms(), width=80, height=24, peers=[self._address], port=server.port,
             random_bytes=os.urandom,
@@ -419,7 +418,7 @@ class Session:
             if condition():
                 return
             deadline = min(self.core.next_timeout(), limit + 1)
-            if self._waiter.wait([self._udp], (), deadline) and (received := self._udp.receive()):
+            if mosh.wait([self._udp], (), deadline) and (received := self._udp.receive()):
                 data, source, _ = received
                 self.core.receive_datagram(data, source, mosh.monotonic_ms())
 
