@@ -3997,6 +3997,7 @@ class PredictionEngine:
         self.confirmed_epoch = 0
         self.cursors: list[CursorPrediction] = []  # the last one is where the next key goes
         self.rows: dict[int, list[CellPrediction]] = {}
+        self._live_rows: set[int] = set()  # those that may hold an active cell
         # when to show and to underline them
         self.shows_slow_link = False
         self.underlines = False
@@ -4023,12 +4024,16 @@ class PredictionEngine:
     @property
     def active_cell_count(self) -> int:
         """How many cells are predicted at present."""
-        return sum(cell.active for row in self.rows.values() for cell in row)
+        return sum(cell.active for row in self._live_rows for cell in self.rows[row])
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether there may be predictions that are not settled."""
+        return bool(self.cursors or self._live_rows)
 
     def wake_ms(self) -> int | None:
         """Return how soon the predictions want to be looked at again, None if there is no need."""
-        busy = bool(self.cursors) or self.active_cell_count > 0
-        return PREDICTION_WAKE_MS if busy and not (self.glitch and self.underlines) else None
+        return PREDICTION_WAKE_MS if self.is_waiting and not (self.glitch and self.underlines) else None
 
     def codes_in_use(self) -> Iterator[str]:
         """See Codebook.register."""
@@ -4043,6 +4048,7 @@ class PredictionEngine:
         """Forget all predictions and start a new tentative epoch."""
         self.cursors = []
         self.rows = {}
+        self._live_rows = set()
         self._become_tentative()
 
     def _become_tentative(self) -> None:
@@ -4053,8 +4059,8 @@ class PredictionEngine:
         """A tentative prediction was wrong: withdraw its epoch and what followed, which nobody has seen."""
         self.cursors = [cursor for cursor in self.cursors if cursor.until < epoch]
         self._new_cursor(screen.cursor_row, screen.cursor_col)
-        for row in self.rows.values():
-            for cell in row:
+        for row in self._live_rows:
+            for cell in self.rows[row]:
                 if cell.until >= epoch:
                     cell.clear()
         self._become_tentative()
@@ -4062,10 +4068,7 @@ class PredictionEngine:
     # -- judging
 
     def _cell_verdict(self, cell: CellPrediction, row: int, col: int, screen: Framebuffer) -> Verdict:
-        if row >= screen.height or col >= screen.width:
-            return Verdict.WRONG
-        if self._echo_ack < cell.expires:
-            return Verdict.PENDING
+        """What the screen says about a prediction that it has had time to fulfil."""
         if cell.unknown or self._is_blank(cell.new):
             return Verdict.NO_CREDIT
         if not self._contents_match(screen.code_at(row, col), cell.new):
@@ -4120,30 +4123,42 @@ class PredictionEngine:
 
     def _cull_cells(self, screen: Framebuffer, now: int) -> bool:
         """Judge the cells. Returns False if a visible one was wrong and everything was dropped."""
-        for row in list(self.rows):
-            if row >= screen.height:
-                del self.rows[row]
-                continue
+        for row in [row for row in self.rows if row in self._live_rows]:
+            is_live = False
             for col, cell in enumerate(self.rows[row]):
                 if not cell.active:
                     continue
-                verdict = self._cell_verdict(cell, row, col, screen)
-                if verdict is Verdict.WRONG:
-                    if self.mode is PredictionMode.EXPERIMENTAL:
-                        cell.clear()
-                    elif cell.until > self.confirmed_epoch:
-                        self._kill_epoch(cell.until, screen)
-                    else:
-                        self.reset()
-                        return False
-                elif verdict is not Verdict.PENDING:
-                    if verdict is Verdict.CORRECT:
-                        self._confirm(row, col, cell, screen, now)
-                    cell.clear()
-                elif now - cell.made_at >= GLITCH_MS:
-                    is_strong = now - cell.made_at >= STRONG_GLITCH_MS
-                    self.glitch = 2 * GLITCH_CURE_COUNT if is_strong else max(self.glitch, GLITCH_CURE_COUNT)
+                if cell.expires > self._echo_ack:
+                    is_live = True
+                    if now - cell.made_at >= GLITCH_MS:
+                        self._note_glitch(now - cell.made_at)
+                elif not self._settle(row, col, cell, screen, now):
+                    return False
+            if not is_live:
+                self._live_rows.discard(row)
         return True
+
+    def _settle(self, row: int, col: int, cell: CellPrediction, screen: Framebuffer, now: int) -> bool:
+        """Judge a cell whose time has come. Returns False if it was visibly wrong and everything was dropped."""
+        verdict = self._cell_verdict(cell, row, col, screen)
+        if verdict is not Verdict.WRONG:
+            if verdict is Verdict.CORRECT:
+                self._confirm(row, col, cell, screen, now)
+            cell.clear()
+        elif self.mode is PredictionMode.EXPERIMENTAL:
+            cell.clear()
+        elif cell.until > self.confirmed_epoch:
+            self._kill_epoch(cell.until, screen)
+        else:
+            self.reset()
+            return False
+        return True
+
+    def _note_glitch(self, pending_ms: int) -> None:
+        if pending_ms >= STRONG_GLITCH_MS:
+            self.glitch = 2 * GLITCH_CURE_COUNT
+        else:
+            self.glitch = max(self.glitch, GLITCH_CURE_COUNT)
 
     def _confirm(self, row: int, col: int, cell: CellPrediction, screen: Framebuffer, now: int) -> None:
         """A prediction came true: trust its epoch, and expect the rest of the row in the same rendition."""
@@ -4167,11 +4182,11 @@ class PredictionEngine:
         for cursor in self.cursors:
             if cursor.until <= self.confirmed_epoch and cursor.row < screen.height and cursor.col < screen.width:
                 screen.cursor_row, screen.cursor_col = cursor.row, cursor.col
-        for row, cells in self.rows.items():
-            if row < screen.height:
-                for col, (cell, there) in enumerate(zip(cells, screen.codes_of(row))):
-                    if cell.active and cell.until <= self.confirmed_epoch and (cell.unknown or cell.new != there):
-                        self._apply_cell(cell, row, col, screen)
+        for row in self._live_rows:
+            cells = zip(self.rows[row], screen.codes_of(row) if row < screen.height else ())
+            for col, (cell, there) in enumerate(cells):
+                if cell.active and cell.until <= self.confirmed_epoch and (cell.unknown or cell.new != there):
+                    self._apply_cell(cell, row, col, screen)
 
     def _apply_cell(self, cell: CellPrediction, row: int, col: int, screen: Framebuffer) -> None:
         there = screen.code_at(row, col)
@@ -4247,6 +4262,7 @@ class PredictionEngine:
     def _row_cells(self, row: int) -> list[CellPrediction]:
         if row not in self.rows:
             self.rows[row] = [CellPrediction(self.epoch) for _ in range(self._screen.width)]
+        self._live_rows.add(row)
         return self.rows[row]
 
     def _arm(self, cells: Iterable[CellPrediction]) -> None:
@@ -4880,6 +4896,7 @@ class ClientCore:
         self._shown = emulator.framebuffer.copy()
         self._shown_is_known = False
         self._drawn_at = now
+        self._drawn: tuple[int, str, bool] | None = None  # number of the screen, bar, whether predictions may change it
         self._push((Hello(), Resize(width, height)), now)
 
     # -- bytes in
@@ -5012,14 +5029,18 @@ class ClientCore:
     def frame_to_draw(self, now: int) -> bytes:
         """Return what to write to the user's terminal, empty if it is up to date."""
         self._update_notices(now)
-        screen = self.transport.remote.state.framebuffer.copy()
-        self.engine.cull(screen, now)
+        self.engine.cull(self.screen, now)
+        self._drawn_at = now
+        drawn, self._drawn = self._drawn, (self.transport.remote.num, self.bar.text(now), self.engine.is_waiting)
+        if self._shown_is_known and drawn == self._drawn and not self.engine.is_waiting:
+            return b""
+        screen = self.screen.copy()
         self.engine.apply(screen)
         self.bar.draw(screen, now)
         disarm(screen, self._shown)
         prefix_titles(screen, self._title_prefix)
         frame = self._display.frame(self._shown, screen, known=self._shown_is_known)
-        self._shown, self._shown_is_known, self._drawn_at = screen, True, now
+        self._shown, self._shown_is_known = screen, True
         return frame and self._frame_marks[0] + frame + self._frame_marks[1]
 
     def last_frame(self, now: int) -> bytes:
@@ -5027,6 +5048,7 @@ class ClientCore:
         self.bar.set_message("", now, permanent=True)
         self.bar.last_heard_at = self.bar.last_acked_at = now
         self._title_prefix = ""
+        self._drawn = None
         return self.frame_to_draw(now)
 
     def repaint(self) -> None:
@@ -6524,8 +6546,10 @@ class Client:
 
     def _serve(self) -> None:
         core = self._core
+        ready: set[Any] = set()
         while True:
-            self._draw()
+            self._draw()  # first, since somebody may have pressed a key and be looking
+            self._follow_network(ready, monotonic_ms())
             self._send(monotonic_ms())
             if core.phase is Phase.CLOSED:
                 return
@@ -6534,7 +6558,6 @@ class Client:
             deadlines = (core.next_timeout(), self._network.next_timeout(), self._lookup.next_timeout())
             ready = wait(readable, (), min(at for at in deadlines if at is not None))
             now = monotonic_ms()
-            self._follow_network(ready, now)
             for udp in self._sockets.all:
                 if udp in ready:
                     self._receive(udp, now)
