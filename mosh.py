@@ -6810,6 +6810,10 @@ def intact(directory):
     data = read(directory, name)
     return data[8:16] == sums(data[16:])
 
+def fail(reason):
+    say("FAIL", reason)
+    sys.exit(65)
+
 def receive():
     # Returns the program, checked.
     if os.isatty(0):
@@ -6821,25 +6825,25 @@ def receive():
     while size is None or len(data) < size:
         chunk = os.read(0, 65536)
         if not chunk:
-            say("FAIL", "cut")
-            sys.exit(65)
+            fail("cut")
         data += chunk
         if size is None:
             head, found, rest = data.partition(mark)
             line, ended, rest = rest.partition(b"\n")
-            if found and ended:
+            if found and ended and line.isdigit() and len(line) < 8:
                 size, data = int(line), rest
+            elif ended or len(data) > 65536:
+                fail("checksum")
         if size is not None and len(data) >= step:
             say("GOT", str(len(data)))
             step = len(data) + 8192
     import hashlib
     try:
-        data = zlib.decompress(data)
+        data = zlib.decompressobj().decompress(data, 10 ** 7)
     except zlib.error:
         data = b""
     if hashlib.sha256(data).hexdigest() != digest:
-        say("FAIL", "checksum")
-        sys.exit(65)
+        fail("checksum")
     return data
 
 def build(data):

@@ -1,22 +1,31 @@
 """Coverage-guided fuzzing of every decoder: `make fuzz MINUTES=n`, or `python tests/fuzz.py --minutes n [decoder ...]`.
 
-Any bytes give a value or the error that the decoder documents, within bounds that are counted. Needs the package
-`atheris`; the saved corpus is replayed without it by test_fuzz.py. New inputs go to a folder, in which a crash is kept.
+Any bytes give a value or the error that the decoder documents, within bounds that are counted. As many decoders are
+fuzzed at once as there are processors. New inputs go to a folder, in which a crash is kept. Where the package `atheris`
+is missing, Hypothesis makes the input, unguided: test_fuzz.py runs over and over. It also replays the saved corpus.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import base64
 import contextlib
+import hashlib
+import importlib.util
 import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
+import time
+import zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 CORPUS = HERE / "fuzz_corpus.json"
@@ -201,14 +210,50 @@ def keys(data: bytes) -> None:
 
 
 def login_line(data: bytes) -> None:
-    """Lines of a host at the wrapper."""
+    """Lines of a host at the wrapper, which may know the token."""
     announcement = mosh.Announcement("token")
     for line in data.decode("utf-8", "replace").split("\n"):
-        with contextlib.suppress(mosh.BootstrapError):
-            announcement.take_from_proxy(line)
-            announcement.take(line)
+        for take in (announcement.take, announcement.take_from_proxy):
+            for prefix in ("", "token "):
+                with contextlib.suppress(mosh.BootstrapError):
+                    take(prefix + line)
+        assert "\x1b" not in mosh.printable(line)
     assert 0 <= announcement.port <= 65_535
     assert not announcement.key or re.fullmatch("[A-Za-z0-9+/]{22}", announcement.key)
+
+
+class _LeftError(Exception):
+    """The stager has ended itself, saying why."""
+
+
+_PROGRAM = b"print()"
+_STAGER: dict[str, Any] = {
+    "token": "token", "version": "3.9", "digest": hashlib.sha256(_PROGRAM).hexdigest(), "zlib": zlib,
+}
+exec(  # noqa: S102  (our own text: the one function of it that reads)
+    compile(
+        ast.Module([node for node in ast.parse(mosh._STAGER).body if getattr(node, "name", "") == "receive"], []),
+        "stager", "exec",
+    ), _STAGER,
+)  # fmt: skip
+if "--worker" in sys.argv:
+    atheris.instrument_func(_STAGER["receive"])
+
+
+def stage_header(data: bytes) -> None:
+    """What the stager reads from its stdin, in several reads: noise, a header, a compressed program."""
+    said: list[tuple[str, ...]] = []
+    pieces = _pieces(data)
+
+    def fail(reason: str) -> None:
+        said.append(("FAIL", reason))
+        raise _LeftError
+
+    _STAGER["os"] = SimpleNamespace(read=lambda _fd, _size: next(pieces, b""), isatty=lambda _fd: False)
+    _STAGER["say"], _STAGER["fail"] = lambda *words: said.append(words), fail
+    with contextlib.suppress(_LeftError):
+        assert _STAGER["receive"]() == _PROGRAM
+    assert said[0] == ("NEED", "3.9") and all(word.isprintable() for words in said for word in words)
 
 
 def text(data: bytes) -> None:
@@ -222,7 +267,8 @@ def text(data: bytes) -> None:
 DECODERS: dict[str, Callable[[bytes], None]] = {
     decoder.__name__: decoder
     for decoder in (
-        datagram, fragment, zlib_stream, protobuf, user_stream, host_message, terminal, keys, login_line, text,
+        datagram, fragment, zlib_stream, protobuf, user_stream, host_message, terminal, keys, login_line, stage_header,
+        text,
     )
 }
 
@@ -261,16 +307,43 @@ def _fuzz(name: str, seconds: int, folder: Path) -> bool:
     executions, covered = (
         (re.findall(pattern, said) or ["?"])[-1] for pattern in (r"number_of_executed_units: (\d+)", r"cov: (\d+)")
     )
-    result = "nothing found" if finished.returncode == 0 else "FOUND"
+    result = "nothing found" if finished.returncode == 0 else "FOUND\n" + "\n".join(said.splitlines()[-30:])
     count = len(list(corpus.iterdir()))
-    print(f"{name:14} {executions:>9} executions, {covered:>5} branches, {count:5} inputs: {result}", flush=True)
-    if finished.returncode:
-        print("\n".join(said.splitlines()[-30:]), flush=True)
+    counted = f"{executions:>9} executions, {covered:>5} branches, {count:5} inputs"
+    print(f"{name:14} {seconds:>6} s, {counted}: {result}", flush=True)
     return finished.returncode == 0
 
 
+def _guided(names: list[str], minutes: float, folder: Path) -> bool:
+    """Fuzz these decoders, on all processors together for so long. Returns whether nothing was found."""
+    workers = min(os.cpu_count() or 1, len(names))
+    seconds = max(1, int(60 * minutes * workers / len(names)))
+    print(f"{seconds} s for each decoder; inputs and what is found: {folder}")
+    with ThreadPoolExecutor(workers) as pool:
+        return all(list(pool.map(lambda name: _fuzz(name, seconds, folder), names)))
+
+
+def _unguided(minutes: float) -> bool:
+    """Run test_fuzz.py with other random input each time. Returns whether it always passed."""
+    print("there is no atheris for this Python; Hypothesis makes the input, unguided")
+    until = time.monotonic() + 60 * minutes
+    seed = 0
+    while time.monotonic() < until:
+        seed += 1
+        finished = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-c", "tests/pytest.ini", "--rootdir", ".", "-p", "no:cacheprovider",
+             f"--hypothesis-seed={seed}", "tests/test_fuzz.py"],
+            cwd=HERE.parent, stdout=subprocess.PIPE, check=False,
+        )
+        said = finished.stdout.decode("utf-8", "replace")
+        print(f"seed {seed}: {said if finished.returncode else said.splitlines()[-1]}", flush=True)
+        if finished.returncode:
+            return False
+    return True
+
+
 def main() -> int:
-    """Fuzz the decoders named, or all, one after the other."""
+    """Fuzz the decoders named, or all."""
     if "--worker" in sys.argv:
         _work(sys.argv[2], sys.argv[3:])
     parser = argparse.ArgumentParser(description=__doc__)
@@ -278,11 +351,9 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / f"mosh-fuzz-{os.getuid()}")
     parser.add_argument("decoders", nargs="*", choices=[[], *DECODERS], metavar="decoder")
     arguments = parser.parse_args()
-    names = arguments.decoders or list(DECODERS)
-    seconds = max(1, int(60 * arguments.minutes / len(names)))
-    print(f"{seconds} s for each decoder; inputs and what is found: {arguments.folder}")
-    clean = [_fuzz(name, seconds, arguments.folder) for name in names]
-    return 0 if all(clean) else 1
+    if importlib.util.find_spec("atheris") is None:
+        return 0 if _unguided(arguments.minutes) else 1
+    return 0 if _guided(arguments.decoders or list(DECODERS), arguments.minutes, arguments.folder) else 1
 
 
 if __name__ == "__main__":
