@@ -4853,7 +4853,7 @@ class ClientCore:
         *,
         width: int,
         height: int,
-        peers: Sequence[Address],
+        candidates: Sequence[Address],
         port: int,
         random_bytes: Callable[[int], bytes],
         mode: PredictionMode = PredictionMode.ADAPTIVE,
@@ -4864,10 +4864,10 @@ class ClientCore:
         mtu_bytes: int = MTU_BYTES["IPv4"],
         named: bool = False,
     ) -> None:
-        """`peers`: every address the server may have; `port`: its UDP port, for messages; `named`: see Roaming."""
+        """`candidates`: every address the server may have; `port`: its UDP port, for messages; `named`: see Roaming."""
         emulator = Emulator(width, height)
         datagrams = DatagramLayer(channel, now, is_server=False, mtu_bytes=mtu_bytes)
-        self.roaming = Roaming(peers, now, named=named)
+        self.roaming = Roaming(candidates, now, named=named)
         datagrams.peers = self.roaming.candidates
         self.transport: Transport[UserStream, TerminalState] = Transport(
             datagrams,
@@ -6734,7 +6734,7 @@ def _make_client_core(
         monotonic_ms(),
         width=width,
         height=height,
-        peers=candidates,
+        candidates=candidates,
         port=port,
         random_bytes=os.urandom,
         mode=options.mode,
@@ -6906,8 +6906,9 @@ _PYTHONS = (
     "python3 /usr/bin/python3 /usr/local/bin/python3 /opt/homebrew/bin/python3 /usr/libexec/platform-python "
     + " ".join(f"python3.{minor}" for minor in range(14, 8, -1))
 )
+_WHERE_IS = '"$(PATH="$PATH:$HOME/.local/bin:/usr/local/bin:/opt/homebrew/bin:/snap/bin"; command -v {})"'
 _FIND_STOCK = (
-    'f="$(PATH="$PATH:$HOME/.local/bin:/usr/local/bin:/opt/homebrew/bin:/snap/bin"; command -v mosh-server)"; '
+    f"f={_WHERE_IS.format('mosh-server')}; "
     'if [ -n "$f" ]; then echo; echo "$t SERVER $f"; exec "$f" "$@"; fi; '
     f'echo; echo "$t NOSERVER"; exit {SERVER_NOT_FOUND}'
 )
@@ -6921,8 +6922,7 @@ _PUSH = (
 )
 _FIND_SERVER = (
     _REPORT_ADDRESS + "t=$1; shift; "
-    'for f in "$HOME/mosh.pyz" "$HOME/.local/bin/mosh.pyz" '
-    '"$(PATH="$PATH:$HOME/.local/bin:/usr/local/bin:/opt/homebrew/bin:/snap/bin"; command -v mosh.pyz)"; do '
+    f'for f in "$HOME/mosh.pyz" "$HOME/.local/bin/mosh.pyz" {_WHERE_IS.format("mosh.pyz")}; do '
     'if [ -f "$f" ] && python3 -c "import sys; sys.exit(sys.version_info < (3, 9))" 2>/dev/null; then '
     'echo; echo "$t SERVER python3 $f"; exec python3 -IS "$f" server "$@"; fi; done; ' + _FIND_STOCK
 )

@@ -123,8 +123,8 @@ def user_stream(data: bytes) -> None:
 def host_message(data: bytes) -> None:
     """What a server tells a client: screens, sizes and echo acks; only what is harmless reaches the terminal."""
     client = mosh.ClientCore(
-        mosh.Channel(Unsealed(), mosh.TO_SERVER), 0, width=20, height=5, peers=[SERVER], port=1, random_bytes=bytes,
-        mode=mosh.PredictionMode.ALWAYS,
+        mosh.Channel(Unsealed(), mosh.TO_SERVER), 0, width=20, height=5, candidates=[SERVER], port=1,
+        random_bytes=bytes, mode=mosh.PredictionMode.ALWAYS,
     )
     _exchange(client, mosh.TO_CLIENT, data)
     screen = client.screen
@@ -197,7 +197,7 @@ def keys(data: bytes) -> None:
     """What a user types, or a terminal answers, in several reads, at a client with any escape key."""
     setting = data[:1] if data[:1] != b"\0" else None
     client = mosh.ClientCore(
-        mosh.Channel(Unsealed(), mosh.TO_SERVER), 0, width=7, height=3, peers=[SERVER], port=1, random_bytes=bytes,
+        mosh.Channel(Unsealed(), mosh.TO_SERVER), 0, width=7, height=3, candidates=[SERVER], port=1, random_bytes=bytes,
         mode=mosh.PredictionMode.ALWAYS, escape_key=mosh.EscapeKey(setting),
     )
     for now, piece in enumerate(_pieces(data[1:])):

@@ -342,8 +342,8 @@ class StockServer(LivePeer):
         width, height = self._size
         self.core = mosh.ClientCore(
             mosh.Channel(mosh.choose_cipher()(mosh.Key.from_text(server.key).raw), mosh.TO_SERVER),
-            mosh.monotonic_ms(), width=width, height=height, peers=[(peers.LOOPBACK, server.port)], port=server.port,
-            random_bytes=os.urandom,
+            mosh.monotonic_ms(), width=width, height=height, candidates=[(peers.LOOPBACK, server.port)],
+            port=server.port, random_bytes=os.urandom,
         )
 
     @property

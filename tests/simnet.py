@@ -355,7 +355,7 @@ class ClientEnd(Machine):
             self.now,
             width=width,
             height=height,
-            peers=options.pop("peers", [SERVER_ADDRESS]),
+            candidates=options.pop("candidates", [SERVER_ADDRESS]),
             port=SERVER_ADDRESS[1],
             random_bytes=sim.random.randbytes,
             **options,

@@ -163,7 +163,8 @@ class ServerVictim(Victim):
         self.port, self.pid = server.port, server.pid
         self.core = mosh.ClientCore(
             mosh.Channel(mosh.choose_cipher()(mosh.Key.from_text(server.key).raw), mosh.TO_SERVER),
-            mosh.monotonic_ms(), width=80, height=24, peers=[self.address], port=self.port, random_bytes=os.urandom,
+            mosh.monotonic_ms(), width=80, height=24, candidates=[self.address], port=self.port,
+            random_bytes=os.urandom,
         )
 
     def screen(self) -> list[str]:

@@ -207,7 +207,7 @@ def test_a_sequence_cut_by_the_end_of_a_feed() -> None:
 
 def _client() -> mosh.ClientCore:
     return mosh.ClientCore(
-        mosh.Channel(CIPHER, mosh.TO_SERVER), 0, width=80, height=24, peers=[PEER], port=1, random_bytes=bytes,
+        mosh.Channel(CIPHER, mosh.TO_SERVER), 0, width=80, height=24, candidates=[PEER], port=1, random_bytes=bytes,
         mode=mosh.PredictionMode.ALWAYS,
     )
 

@@ -373,7 +373,7 @@ def test_the_goodbye_of_the_server_needs_no_further_waiting() -> None:
     """A client that only wakes when it asked to, or when a datagram comes, leaves soon after the server has."""
     key, make, now, left_at = mosh.Key(bytes(16)), mosh.choose_cipher(), 0, 0
     client = mosh.ClientCore(
-        mosh.Channel(make(key.raw), mosh.TO_SERVER), now, width=20, height=3, peers=["server"], port=1,
+        mosh.Channel(make(key.raw), mosh.TO_SERVER), now, width=20, height=3, candidates=["server"], port=1,
         random_bytes=bytes,
     )
     server = mosh.ServerCore(mosh.Channel(make(key.raw), mosh.TO_CLIENT), now, width=20, height=3, random_bytes=bytes)
@@ -431,7 +431,7 @@ def _drawn(messages: list[bytes], answer: bytes = b"") -> bytes:
     """What a client draws on its terminal while a server tells it `messages`."""
     make = mosh.choose_cipher()
     client = mosh.ClientCore(
-        mosh.Channel(make(bytes(16)), mosh.TO_SERVER), 0, width=20, height=5, peers=["server"], port=1,
+        mosh.Channel(make(bytes(16)), mosh.TO_SERVER), 0, width=20, height=5, candidates=["server"], port=1,
         random_bytes=bytes, mode=mosh.PredictionMode.ALWAYS,
     )
     peer = mosh.DatagramLayer(mosh.Channel(make(bytes(16)), mosh.TO_CLIENT), 0, is_server=True)

@@ -22,7 +22,7 @@ def _client(width: int = 80, height: int = 24, setting: bytes | None = None) -> 
         0,
         width=width,
         height=height,
-        peers=[SERVER_ADDRESS],
+        candidates=[SERVER_ADDRESS],
         port=60001,
         random_bytes=bytes,
         escape_key=mosh.EscapeKey(setting),
@@ -717,7 +717,7 @@ class Roamer(Simulation):
         self.copies: list[tuple[int, tuple[str, int]]] = []  # (when, to which other address)
         self.client_sent: list[tuple[int, tuple[str, int]]] = []
         self.lookups: list[int] = []  # when the name was to be looked up
-        super().__init__(1, peers=[SERVER_ADDRESS, *peers], **options)
+        super().__init__(1, candidates=[SERVER_ADDRESS, *peers], **options)
         self.run(ms=5_000)
 
     def send(self, end: End, datagram: bytes, source: tuple[str, int], targets: list[Any]) -> None:
@@ -902,7 +902,7 @@ def test_a_host_that_answers_from_another_of_its_addresses_is_found_where_it_can
 
 def _roaming_client(peers: list[tuple[str, int]], *, named: bool = False) -> mosh.ClientCore:
     return mosh.ClientCore(
-        mosh.Channel(CIPHER, TO_SERVER), 0, width=80, height=24, peers=peers, port=60001, random_bytes=bytes,
+        mosh.Channel(CIPHER, TO_SERVER), 0, width=80, height=24, candidates=peers, port=60001, random_bytes=bytes,
         named=named,
     )
 
@@ -1020,13 +1020,14 @@ def test_commands_now_and_then_on_a_good_path_are_no_black_hole(sim: Simulation)
             assert sim.server.core.transport.datagrams.mtu_bytes > mosh.FALLBACK_MTU_BYTES
 
 
-def test_a_goodbye_during_a_large_frame_is_acknowledged(sim: Simulation) -> None:
+def test_a_goodbye_during_a_large_frame_is_acknowledged() -> None:
+    sim = Simulation(1, width=80, height=24)
     sim.link.delay_ms = 100
     sim.run(ms=3_000)
     colors = ("\x1b[38;2;{};{};{};48;2;{};{};{}m#".format(*random.Random(n).randbytes(6)) for n in range(1_900))
     sim.server.write(b"\x1b[H" + "".join(colors).encode())
     sim.run_until(lambda: bool(sim.server.core.transport._train), limit_ms=1_000)
-    sim.link.delay_ms = 10
+    sim.link.delay_ms = 10      # it arrives while fragments wait for their time
     sim.client.quit()
     took_ms = sim.run_until(lambda: sim.ended, limit_ms=5_000)
     assert sim.client.core.transport.clean and sim.server.core.transport.clean

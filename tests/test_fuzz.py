@@ -149,7 +149,7 @@ def test_any_host_message(data: bytes) -> None:
 
 def _client() -> mosh.ClientCore:
     return mosh.ClientCore(
-        _channel(mosh.TO_SERVER), 0, width=20, height=5, peers=[SOURCE], port=60001, random_bytes=bytes,
+        _channel(mosh.TO_SERVER), 0, width=20, height=5, candidates=[SOURCE], port=60001, random_bytes=bytes,
         mode=mosh.PredictionMode.ALWAYS,
     )
 
@@ -233,7 +233,7 @@ def test_any_keys_and_window_sizes(
     events: list[bytes | tuple[int, int]], setting: bytes | None, overwrite: bool
 ) -> None:
     client = mosh.ClientCore(
-        _channel(mosh.TO_SERVER), 0, width=7, height=3, peers=[SOURCE], port=60001, random_bytes=bytes,
+        _channel(mosh.TO_SERVER), 0, width=7, height=3, candidates=[SOURCE], port=60001, random_bytes=bytes,
         mode=mosh.PredictionMode.ALWAYS, overwrite=overwrite, escape_key=mosh.EscapeKey(setting),
     )
     for now, event in enumerate(events):

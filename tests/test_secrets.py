@@ -125,7 +125,7 @@ def test_a_search_for_leaks_finds_them(home: Path) -> None:
 def test_nothing_that_is_printed_of_an_object_shows_the_key() -> None:
     key = mosh.Key(bytes(range(0x61, 0x71)))
     channel = mosh.Channel(mosh.choose_cipher()(key.raw), mosh.TO_SERVER)
-    core = mosh.ClientCore(channel, 0, width=9, height=3, peers=["x"], port=1, random_bytes=os.urandom)
+    core = mosh.ClientCore(channel, 0, width=9, height=3, candidates=["x"], port=1, random_bytes=os.urandom)
     text = "".join(map(repr, (key, [key], channel, vars(channel), core.transport, vars(core.transport.datagrams))))
     try:
         mosh.Key.from_text(key.to_text()[:-1] + "B")

@@ -392,7 +392,7 @@ class Session:
         self._address = (LOOPBACK, server.port)
         self._udp = mosh.UdpSocket(socket.AF_INET)
         self.core = mosh.ClientCore(
-            channel, mosh.monotonic_ms(), width=80, height=24, peers=[self._address], port=server.port,
+            channel, mosh.monotonic_ms(), width=80, height=24, candidates=[self._address], port=server.port,
             random_bytes=os.urandom,
         )
 

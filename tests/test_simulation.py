@@ -88,7 +88,7 @@ def test_a_client_without_answers_hops_to_other_ports(sim: Simulation) -> None:
 
 def test_a_client_keeps_the_candidate_that_answers() -> None:
     dead = ("192.0.2.99", 60001)
-    sim = Simulation(1, peers=[dead, SERVER_ADDRESS])
+    sim = Simulation(1, candidates=[dead, SERVER_ADDRESS])
     sim.run(ms=1_000)
     assert sim.client.core.peers == [SERVER_ADDRESS]
     assert sim.client.screen == sim.server.screen
