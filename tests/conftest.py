@@ -117,7 +117,8 @@ def attack_table() -> Iterator[Table]:
 
     table = Table(
         "Attacks and faults: CPU per datagram, or ms of CPU per second of the busiest survivor, and what happened.\n"
-        "Unless a cell says otherwise the terminal is as before, no process is left, and there is no zombie.",
+        "Unless a cell says otherwise the terminal is as before, no process is left, there is no zombie, and what was\n"
+        "typed while a fault lasted has come to the program once.",
         ["attack or fault", "times", *ATTACK_KINDS], phrases=True,
     )
     yield table
