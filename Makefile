@@ -87,7 +87,7 @@ fuzz: $(VENV)/.tools ## fuzz every decoder, guided by coverage, for MINUTES=n; w
 	@$(VENV)/bin/python -m pip --disable-pip-version-check install --quiet 'atheris>=3,<4' 2>/dev/null; \
 	$(VENV)/bin/python tests/fuzz.py --minutes $(MINUTES)
 
-attack: $(VENV)/.tools peers ## send ten thousand of each kind of hostile datagram, also to stock mosh; print what they cost
+attack: $(VENV)/.tools peers ## ten thousand of each hostile datagram, and faults, also for stock mosh; print what happens
 	MOSH_ATTACK_COUNT=$(COUNT) $(PYTEST) -s tests/test_attack.py tests/test_faults.py
 
 clean: ## remove everything that make has made, .venv included

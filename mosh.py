@@ -5831,6 +5831,7 @@ PTY_TURN_MS = 2  # and no more than that in this time: 32 MB/s, of which a runaw
 FIRST_CLIENT_MS = 60_000
 DROPS_LOGGED = 16  # with -v: each of the first dropped datagrams has a line
 _SERVER_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SESSION_DESCRIPTORS = 4  # beside the socket: a pipe and both ends of the pty, later one of each and what signals take
 EXEC_FAILURE_PAUSE_S = 3  # so that the text can reach the client
 LOCALE_VARIABLES = (
     *("LANG", "LANGUAGE", "LC_CTYPE", "LC_NUMERIC", "LC_TIME", "LC_COLLATE", "LC_MONETARY", "LC_MESSAGES"),
@@ -6223,6 +6224,7 @@ def serve(options: ServerOptions) -> int:
     network_timeout_s = _seconds_from_environment("MOSH_SERVER_NETWORK_TMOUT")
     signal_timeout_s = _seconds_from_environment("MOSH_SERVER_SIGNAL_TMOUT")
     udp = bind_server(options)
+    _check_descriptors()
     key = Key(os.urandom(KEY_BYTES))
     if os.isatty(0):
         write_all(1, b"\r\n\n")  # what was typed ahead has been echoed, and must not share our line
@@ -6248,6 +6250,17 @@ def serve(options: ServerOptions) -> int:
     core = ServerCore(channel, now, width=width, height=height, random_bytes=os.urandom, mtu_bytes=mtu_bytes)
     Server(core, udp, child, now, _logger(options.verbose), (network_timeout_s, signal_timeout_s)).run()
     return 0
+
+
+def _check_descriptors() -> None:
+    """Raise OSError if a session would lack descriptors, while somebody is there to read it."""
+    held: list[int] = []
+    try:
+        while len(held) < SESSION_DESCRIPTORS:
+            held.append(os.open(os.devnull, os.O_RDONLY))
+    finally:
+        for descriptor in held:
+            os.close(descriptor)
 
 
 def _detach(keep_output: bool) -> None:
@@ -6335,8 +6348,12 @@ class RawTerminal:
         self.leave()
 
     def enter(self) -> None:
-        """Take the terminal."""
-        modes = termios.tcgetattr(0)
+        """Take the terminal, if it is still there."""
+        self._entered = True
+        try:
+            modes = termios.tcgetattr(0)
+        except termios.error:  # a controlling terminal that goes sends SIGCONT along with SIGHUP
+            return
         modes[0] &= ~(
             termios.IGNBRK | termios.BRKINT | termios.PARMRK | termios.ISTRIP
             | termios.INLCR | termios.IGNCR | termios.ICRNL | termios.IXON
@@ -6346,7 +6363,6 @@ class RawTerminal:
         modes[2] = modes[2] & ~(termios.CSIZE | termios.PARENB) | termios.CS8
         modes[3] &= ~(termios.ECHO | termios.ECHONL | termios.ICANON | termios.ISIG | termios.IEXTEN)
         modes[6][termios.VMIN], modes[6][termios.VTIME] = 1, 0
-        self._entered = True
         with contextlib.suppress(termios.error):
             termios.tcsetattr(0, termios.TCSANOW, modes)
         write_all(1, self._open)
@@ -6699,7 +6715,7 @@ def run_client(
         print(_NO_ANSWER.format(places=places, port=port), file=sys.stderr)
     elif not core.transport.clean:
         print(_UNCLEAN, file=sys.stderr)
-    print("[mosh is exiting.]", flush=True)
+    write_all(1, b"[mosh is exiting.]\n")
     return 0 if core.transport.clean and not core.is_connecting else 1
 
 

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import pytest
 from hypothesis import settings
@@ -15,7 +15,14 @@ from hypothesis import settings
 import peers
 from peers import PAIRS, Pair
 
+if TYPE_CHECKING:
+    from measuring import Table
+
 Result = TypeVar("Result")
+
+# `make attack` sets how many datagrams each attack sends; then the attacks and faults befall stock's programs too.
+ATTACK_COUNT = int(os.environ.get("MOSH_ATTACK_COUNT") or 0)
+ATTACK_KINDS: tuple[peers.Kind, ...] = ("ours", "stock") if ATTACK_COUNT else ("ours",)
 
 # sshd and its like live where the PATH of a plain user does not look.
 SYSTEM_PATH = os.pathsep.join((os.environ.get("PATH", os.defpath), "/usr/local/sbin", "/usr/sbin", "/sbin"))
@@ -101,3 +108,19 @@ def stage(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     stage = Stage((pair for pair in there if pair in asked or pair == PAIRS[0]), tmp_path_factory)
     yield stage
     stage.close()
+
+
+@pytest.fixture(scope="session")
+def attack_table() -> Iterator[Table]:
+    """What attacks and faults did, printed at the end; `make attack` shows it."""
+    from measuring import Table  # it insists on the program under test, which not every test needs
+
+    table = Table(
+        "Attacks and faults: CPU per datagram, or ms of CPU per second of the busiest survivor, and what happened.\n"
+        "Unless a cell says otherwise the terminal is as before, no process is left, there is no zombie, and what was\n"
+        "typed while a fault lasted has come to the program once.",
+        ["attack or fault", "times", *ATTACK_KINDS], phrases=True,
+    )
+    yield table
+    if table.rows:
+        table.show(markdown=False)

@@ -260,11 +260,12 @@ def percentile(samples: Iterable[float], share: float) -> float:
 
 @dataclass
 class Table:
-    """Rows of text under headings; the first column is a label, the others are figures."""
+    """Rows of text under headings; the first column is a label, the others are figures, or phrases."""
 
     title: str
     headings: list[str]
     rows: list[list[str]] = field(default_factory=list)
+    phrases: bool = False
 
     def add(self, label: str, cells: Iterable[str]) -> None:
         """Append a row."""
@@ -274,8 +275,9 @@ class Table:
         """The table as aligned text."""
         lines = [self.headings, *self.rows]
         widths = [max(map(len, column)) for column in zip(*lines)]
+        justify = str.ljust if self.phrases else str.rjust
         head, *rows = (
-            "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:]))]).rstrip()
+            "  ".join([line[0].ljust(widths[0]), *(justify(c, w) for c, w in zip(line[1:], widths[1:]))]).rstrip()
             for line in lines
         )
         return "\n".join([self.title, "", head, "-" * (sum(widths) + 2 * (len(widths) - 1)), *rows])

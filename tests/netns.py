@@ -82,15 +82,7 @@ class Networks:
                 f"addr add {SERVER_4}/32 dev lo", f"addr add {SERVER_6}/128 dev lo nodad",
             )
             for number in range(links):
-                _run("ip", "link", "add", f"link{number}", "netns", self.client, "type", "veth",
-                     "peer", "name", f"link{number}", "netns", self.server)  # fmt: skip
-                self._ip(
-                    self.server,
-                    f"link set link{number} up",
-                    f"addr add 10.0.{number}.254/24 dev link{number}",
-                    f"addr add fd00:{number}::254/64 dev link{number} nodad",
-                    f"addr add fe80::254/64 dev link{number} nodad",
-                )
+                self.lay(number)
         except BaseException:
             self.close()
             raise
@@ -110,6 +102,22 @@ class Networks:
 
     # -- what changes
 
+    def lay(self, link: int) -> None:
+        """Connect the two machines by a link; the client's end has still to be plugged in."""
+        _run("ip", "link", "add", f"link{link}", "netns", self.client, "type", "veth",
+             "peer", "name", f"link{link}", "netns", self.server)  # fmt: skip
+        self._ip(
+            self.server,
+            f"link set link{link} up",
+            f"addr add 10.0.{link}.254/24 dev link{link}",
+            f"addr add fd00:{link}::254/64 dev link{link} nodad",
+            f"addr add fe80::254/64 dev link{link} nodad",
+        )
+
+    def remove(self, link: int) -> None:
+        """Take a link away, with the interfaces at both of its ends."""
+        self._ip(self.client, f"link delete link{link}")
+
     def plug_in(self, link: int, families: str = "46", host: int = 1) -> None:
         """Connect the client to a link, with an address and a default route in each of the families named."""
         lines = [f"link set link{link} up"]
@@ -125,8 +133,12 @@ class Networks:
         """Disconnect the client from a link: its addresses and routes there are gone."""
         self._ip(self.client, f"addr flush dev link{link}", f"link set link{link} down")
 
+    def on_client(self, *lines: str) -> None:
+        """Change something on the client's machine, in the words of ip."""
+        self._ip(self.client, *lines)
+
     def on_server(self, *lines: str) -> None:
-        """Change the server's addresses, in the words of ip."""
+        """Change something on the server's machine, in the words of ip."""
         self._ip(self.server, *lines)
 
     def name_server(self, name: str, *addresses: str) -> None:

@@ -35,6 +35,11 @@ class PtyProcess:
         """The process id."""
         return self._process.pid
 
+    @property
+    def status(self) -> int | None:
+        """The exit status, None while the process runs."""
+        return self._process.poll()
+
     def modes(self) -> list[object]:
         """The terminal's modes now."""
         return list(termios.tcgetattr(self._user))
@@ -43,9 +48,9 @@ class PtyProcess:
         """Press keys."""
         os.write(self._keeper, keys)
 
-    def read_until(self, done: Callable[[bytes], bool]) -> bytes:
+    def read_until(self, done: Callable[[bytes], bool], seconds: float = LIMIT_SECONDS) -> bytes:
         """Return all output, once `done` says that it is enough. Raises TimeoutError with what came instead."""
-        deadline = time.monotonic() + LIMIT_SECONDS
+        deadline = time.monotonic() + seconds
         with selectors.DefaultSelector() as selector:
             selector.register(self._keeper, selectors.EVENT_READ)
             while not done(self.output):
