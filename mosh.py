@@ -960,7 +960,7 @@ class FragmentAssembly:
 # - Gaps in the peer's sequence numbers: the path is lossy. Then a small diff goes twice in quick succession and again
 #   after each RTO. At RTT 100 ms with 29 % loss each way a key takes 138 ms to its echo in the mean, 216 with stock's
 #   rules, for 1.3 times the bytes (tests/bench_simulated.py). A third copy makes it 125 ms for 1.8 times the bytes.
-# - Nothing: as long as no ack comes, the interval grows to a quarter of the wait, up to ACK_INTERVAL_MS. It stretches
+# - Nothing: as long as no ack comes, the interval grows to a third of the wait, up to ACK_INTERVAL_MS. It stretches
 #   the pacing as well, so frames to a peer that is out of reach become rare, and keys, which are cheap, do not. The
 #   first datagram heard again ends it: what the peer lacks is sent at once, see above.
 
@@ -968,7 +968,7 @@ COLLECT_MS = {"server": 7, "client": 0}  # changes are gathered this long; stock
 QUIET_MS = 2  # and a few bytes, such as an echo, until so long no more of them have come
 ACK_INTERVAL_MS = 3_000  # an idle peer still hears from us this often, which keeps NAT mappings open
 ACK_DELAY_MS = 100  # an ack waits this long for data to ride on; also slack on top of the RTO
-BACKOFF = 4  # while nothing is acknowledged, the interval grows to this part of the wait, ACK_INTERVAL_MS at most
+BACKOFF = 3  # while nothing is acknowledged, the interval grows to this part of the wait, ACK_INTERVAL_MS at most
 assert COLLECT_MS["client"] <= QUIET_MS < COLLECT_MS["server"]
 assert max(COLLECT_MS.values()) < ACK_DELAY_MS < ACK_INTERVAL_MS
 
@@ -1078,11 +1078,11 @@ class Sender(Generic[Local]):
         if self.current != last.state:
             if self._changed_at is None:
                 self._changed_at = now
-            paced_at = self._debt_at + self._pacing_ms(now)
+            paced_at = self._debt_at + self._pacing_ms()
             self._next_send_at = max(self._collected_at(self._changed_at), paced_at, self._held_until)
         elif self.current != self.sent[0].state:
             self._changed_at = None
-            self._next_send_at = last.at + self._resend_ms(now)
+            self._next_send_at = last.at + self._resend_ms(last.at)
         else:
             self._next_send_at = self._changed_at = None
         if self._resend_now and self._next_send_at is not None:
@@ -1101,14 +1101,14 @@ class Sender(Generic[Local]):
         """How long an ack may take."""
         return self._round_trip.rto_ms + ACK_DELAY_MS
 
-    def _interval_ms(self, now: int) -> int:
-        """Return the frame interval, stretched while nothing is acknowledged."""
-        waited_ms = 0 if self._unacked_since is None else now - self._unacked_since - self.patience_ms
+    def _interval_ms(self, sent_at: int) -> int:
+        """Return the frame interval after an instruction sent at `sent_at`, stretched while nothing is acknowledged."""
+        waited_ms = 0 if self._unacked_since is None else sent_at - self._unacked_since - self.patience_ms
         return max(self._round_trip.frame_interval_ms, min(ACK_INTERVAL_MS, waited_ms // BACKOFF))
 
-    def _resend_ms(self, now: int) -> int:
-        """Return how long after the last instruction to repeat what it said."""
-        interval = self._interval_ms(now)
+    def _resend_ms(self, sent_at: int) -> int:
+        """Return how long after an instruction sent at `sent_at` to repeat what it said."""
+        interval = self._interval_ms(sent_at)
         if not self._round_trip.measured:
             return interval
         lossy = self._arrivals.lost_count >= LOSSY_COUNT
@@ -1127,7 +1127,7 @@ class Sender(Generic[Local]):
 
     def charge(self, diff: bytes, size: int, now: int) -> None:
         """An instruction with `diff` has gone out, as datagrams of `size` bytes in all."""
-        paid = (now - self._debt_at) * PACING_BYTES / self._interval_ms(now)
+        paid = (now - self._debt_at) * PACING_BYTES / self._interval_ms(self._debt_at)
         debt = size if len(diff) <= SMALL_DIFF_BYTES else max(size, FRAME_DEBT_BYTES)
         self._debt_bytes = max(0.0, self._debt_bytes - paid) + debt
         self._debt_at = now
@@ -1140,9 +1140,9 @@ class Sender(Generic[Local]):
         self._next_ack_at = min(self._next_ack_at, now)
         self.hurried = True
 
-    def _pacing_ms(self, now: int) -> int:
+    def _pacing_ms(self) -> int:
         """Return how long after the last instruction the next one with something new may go out."""
-        return math.ceil(self._interval_ms(now) * min(1.0, self._debt_bytes / PACING_BYTES))
+        return math.ceil(self._interval_ms(self._debt_at) * min(1.0, self._debt_bytes / PACING_BYTES))
 
     @property
     def is_idle(self) -> bool:
