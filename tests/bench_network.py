@@ -72,7 +72,7 @@ class Effort:
 
 
 QUICK = Effort(keys=14, lines=1, lossy_lines=1, floods=["yes"], rounds=1, farewells=1)
-FULL = Effort(keys=45, lines=2, lossy_lines=6, floods=list(FLOODS), rounds=3, farewells=3)
+FULL = Effort(keys=45, lines=2, lossy_lines=6, floods=list(FLOODS), rounds=9, farewells=3)
 
 
 # -- typing ----------------------------------------------------------------------------------------------------
@@ -287,7 +287,7 @@ def measure(row: str, effort: Effort, chance: random.Random) -> Results:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description="Measure sessions over a bad link, beside stock mosh.")
-    parser.add_argument("--quick", action="store_true", help="few samples, below 90 seconds; otherwise below 8 minutes")
+    parser.add_argument("--quick", action="store_true", help="few samples, below 90 seconds; otherwise ten minutes")
     parser.add_argument("--only", choices=ROWS, action="append", help="only this part; may be repeated")
     parser.add_argument("--markdown", action="store_true", help="print the table in Markdown")
     options = parser.parse_args()
