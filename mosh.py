@@ -5150,7 +5150,8 @@ SLEEP_MS = 1_000  # a machine that has slept for so long may be elsewhere
 LOOK_MS = 1_000  # how often at most to look at the address to send from
 NOTICE_MS = 50  # after a notice, since more follow; a first datagram too early costs 1 s of neighbour discovery
 NOTICES_PER_TURN = 1_000
-_NETLINK_GROUPS = 0x1D0 | 0x40400  # addresses, routes and rules of IPv4 and IPv6: linux/rtnetlink.h
+# Links (nothing else tells of IPv4 routes that go with one), next hops; addresses, routes, rules of IPv4 and IPv6.
+_NETLINK_GROUPS = 0x80000001 | 0x1D0 | 0x40400  # bit n is group n + 1 of linux/rtnetlink.h
 DATAGRAMS_PER_TURN = 64  # read at most this many before everything else has its turn
 _ECN_CAPABLE = 0x02  # IP TOS: ECT(0), RFC 3168
 _ECN_CONGESTED = 0x03
