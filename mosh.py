@@ -6567,7 +6567,7 @@ class Client:
             if 0 in ready:
                 self._read_keys(now)
             if self._signals in ready:
-                self._check_signals(now)
+                self._obey(self._signals.take(), now)
 
     def _draw(self) -> None:
         frame = self._core.frame_to_draw(monotonic_ms())
@@ -6649,20 +6649,15 @@ class Client:
         self._terminal.leave()
         write_all(1, b"\n\x1b[37;44m[mosh is suspended.]\x1b[m\n")
         os.kill(0, signal.SIGSTOP)  # the whole job, so that the shell notices
-        self._resume(monotonic_ms())
-        self._check_signals(monotonic_ms())
+        self._obey({signal.SIGCONT, *self._signals.take()}, monotonic_ms())
 
-    def _resume(self, now: int) -> None:
-        self._terminal.enter()
-        self._core.repaint()
-        self._core.resize(*window_size(0), now)
-
-    def _check_signals(self, now: int) -> None:
-        arrived = self._signals.take()
+    def _obey(self, arrived: set[int], now: int) -> None:
+        """Do what these signals ask for."""
         if signal.SIGCONT in arrived:
-            self._resume(now)
+            self._terminal.enter()
+            self._core.repaint()
             self._core.roaming.network_changed(now)  # nobody knows for how long we were stopped
-        elif signal.SIGWINCH in arrived:
+        if arrived & {signal.SIGCONT, signal.SIGWINCH}:
             self._core.resize(*window_size(0), now)
         if arrived & {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGPIPE}:
             self._core.start_shutdown("Signal received, shutting down...", now)
