@@ -4896,7 +4896,7 @@ class ClientCore:
         self._shown = emulator.framebuffer.copy()
         self._shown_is_known = False
         self._drawn_at = now
-        self._drawn: tuple[int, str, bool] | None = None  # number of the screen, bar, whether predictions may change it
+        self._drawn: tuple[int, str] | None = None  # number of the screen, bar; None if there may be more in it
         self._push((Hello(), Resize(width, height)), now)
 
     # -- bytes in
@@ -5031,9 +5031,10 @@ class ClientCore:
         self._update_notices(now)
         self.engine.cull(self.screen, now)
         self._drawn_at = now
-        drawn, self._drawn = self._drawn, (self.transport.remote.num, self.bar.text(now), self.engine.is_waiting)
-        if self._shown_is_known and drawn == self._drawn and not self.engine.is_waiting:
+        wanted = None if self.engine.is_waiting else (self.transport.remote.num, self.bar.text(now))
+        if self._shown_is_known and wanted and wanted == self._drawn:
             return b""
+        self._drawn = wanted
         screen = self.screen.copy()
         self.engine.apply(screen)
         self.bar.draw(screen, now)

@@ -574,10 +574,18 @@ class Invariants:
         }
         for name, (length, limit) in queues.items():
             self.require(length <= limit, f"{length} {name}")
+        if isinstance(end, ClientEnd):
+            self._check_drawn(end.core, end.now)
         typed, received = self._sim.client.typed, self._sim.server.program.received
         if len(received) > self._checked_keys and b"\x1b" not in received:  # arrows and replies are translated
             self.require(typed.startswith(received), f"typed {bytes(typed)!r}, received {bytes(received)!r}")
             self._checked_keys = len(received)
+
+    def _check_drawn(self, core: mosh.ClientCore, now: int) -> None:
+        """A frame that has been left out would have changed nothing."""
+        if not core.engine.is_waiting:
+            core._drawn = None
+            self.require(core.frame_to_draw(now) == b"", "something on the screen has not been drawn")
 
 
 class Simulation:
