@@ -4525,7 +4525,8 @@ class ServerCore:
         self.client_hello: Hello | None = None
         self.transport: Transport[TerminalState, UserStream] = Transport(
             DatagramLayer(channel, now, is_server=True, mtu_bytes=mtu_bytes),
-            TerminalState(self._emulator.copy()),
+            # Of some size that no window has: the client's is not known, so the first screen must say its own.
+            TerminalState(Emulator(1, 1, self._emulator.framebuffer.codebook)),
             UserStream(),
             now,
             collect_ms=COLLECT_MS["server"],

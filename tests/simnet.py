@@ -319,8 +319,8 @@ class ServerEnd(Machine):
         datagrams = self.core.datagrams_to_send(now)
         last = self.core.transport.sender.sent[-1]
         if last.num not in self._sim.published:
-            # Before the server knows the client's size, its blank screen is another than the client's.
-            known = self.core.phase is not mosh.Phase.CONNECTING
+            # The blank screen of the start, which may be sent again, has another size than the client's.
+            known = last.state.framebuffer.width > 1
             self._sim.published[last.num] = _fingerprint(last.state) if known else ()
         for datagram in datagrams:
             self._sim.send(self, datagram, self.address, [self.peer])
