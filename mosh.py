@@ -4525,7 +4525,8 @@ class ServerCore:
         self.client_hello: Hello | None = None
         self.transport: Transport[TerminalState, UserStream] = Transport(
             DatagramLayer(channel, now, is_server=True, mtu_bytes=mtu_bytes),
-            TerminalState(self._emulator.copy()),
+            # Of some size that no window has: the client's is not known, so the first screen must say its own.
+            TerminalState(Emulator(1, 1, self._emulator.framebuffer.codebook)),
             UserStream(),
             now,
             collect_ms=COLLECT_MS["server"],
@@ -4896,7 +4897,7 @@ class ClientCore:
         self._shown = emulator.framebuffer.copy()
         self._shown_is_known = False
         self._drawn_at = now
-        self._drawn: tuple[int, str, bool] | None = None  # number of the screen, bar, whether predictions may change it
+        self._drawn: tuple[int, str] | None = None  # number of the screen, bar; None if there may be more in it
         self._push((Hello(), Resize(width, height)), now)
 
     # -- bytes in
@@ -5031,9 +5032,10 @@ class ClientCore:
         self._update_notices(now)
         self.engine.cull(self.screen, now)
         self._drawn_at = now
-        drawn, self._drawn = self._drawn, (self.transport.remote.num, self.bar.text(now), self.engine.is_waiting)
-        if self._shown_is_known and drawn == self._drawn and not self.engine.is_waiting:
+        wanted = None if self.engine.is_waiting else (self.transport.remote.num, self.bar.text(now))
+        if self._shown_is_known and wanted and wanted == self._drawn:
             return b""
+        self._drawn = wanted
         screen = self.screen.copy()
         self.engine.apply(screen)
         self.bar.draw(screen, now)
@@ -5150,7 +5152,8 @@ SLEEP_MS = 1_000  # a machine that has slept for so long may be elsewhere
 LOOK_MS = 1_000  # how often at most to look at the address to send from
 NOTICE_MS = 50  # after a notice, since more follow; a first datagram too early costs 1 s of neighbour discovery
 NOTICES_PER_TURN = 1_000
-_NETLINK_GROUPS = 0x1D0 | 0x40400  # addresses, routes and rules of IPv4 and IPv6: linux/rtnetlink.h
+# Links (nothing else tells of IPv4 routes that go with one), next hops; addresses, routes, rules of IPv4 and IPv6.
+_NETLINK_GROUPS = 0x80000001 | 0x1D0 | 0x40400  # bit n is group n + 1 of linux/rtnetlink.h
 DATAGRAMS_PER_TURN = 64  # read at most this many before everything else has its turn
 _ECN_CAPABLE = 0x02  # IP TOS: ECT(0), RFC 3168
 _ECN_CONGESTED = 0x03
@@ -6582,7 +6585,7 @@ class Client:
             if 0 in ready:
                 self._read_keys(now)
             if self._signals in ready:
-                self._check_signals(now)
+                self._obey(self._signals.take(), now)
 
     def _draw(self) -> None:
         frame = self._core.frame_to_draw(monotonic_ms())
@@ -6664,20 +6667,15 @@ class Client:
         self._terminal.leave()
         write_all(1, b"\n\x1b[37;44m[mosh is suspended.]\x1b[m\n")
         os.kill(0, signal.SIGSTOP)  # the whole job, so that the shell notices
-        self._resume(monotonic_ms())
-        self._check_signals(monotonic_ms())
+        self._obey({signal.SIGCONT, *self._signals.take()}, monotonic_ms())
 
-    def _resume(self, now: int) -> None:
-        self._terminal.enter()
-        self._core.repaint()
-        self._core.resize(*window_size(0), now)
-
-    def _check_signals(self, now: int) -> None:
-        arrived = self._signals.take()
+    def _obey(self, arrived: set[int], now: int) -> None:
+        """Do what these signals ask for."""
         if signal.SIGCONT in arrived:
-            self._resume(now)
+            self._terminal.enter()
+            self._core.repaint()
             self._core.roaming.network_changed(now)  # nobody knows for how long we were stopped
-        elif signal.SIGWINCH in arrived:
+        if arrived & {signal.SIGCONT, signal.SIGWINCH}:
             self._core.resize(*window_size(0), now)
         if arrived & {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGPIPE}:
             self._core.start_shutdown("Signal received, shutting down...", now)
@@ -6897,7 +6895,8 @@ def at_each_place(work, create):
             os.execv(sys.executable, [sys.executable, "-IS", path, "server"] + arguments)
 
 at_each_place(intact, False)
-if not all(map(PathFinder.find_spec, ("ctypes", "termios", "pty"))):
+# Modules in C may be built in, where no path leads to them; these two are not.
+if not all(map(PathFinder.find_spec, ("ctypes", "pty"))):
     say("PARTIAL", version, sys.executable)
     sys.exit(42)
 code = build(receive())

@@ -319,8 +319,8 @@ class ServerEnd(Machine):
         datagrams = self.core.datagrams_to_send(now)
         last = self.core.transport.sender.sent[-1]
         if last.num not in self._sim.published:
-            # Before the server knows the client's size, its blank screen is another than the client's.
-            known = self.core.phase is not mosh.Phase.CONNECTING
+            # The blank screen of the start, which may be sent again, has another size than the client's.
+            known = last.state.framebuffer.width > 1
             self._sim.published[last.num] = _fingerprint(last.state) if known else ()
         for datagram in datagrams:
             self._sim.send(self, datagram, self.address, [self.peer])
@@ -574,10 +574,18 @@ class Invariants:
         }
         for name, (length, limit) in queues.items():
             self.require(length <= limit, f"{length} {name}")
+        if isinstance(end, ClientEnd):
+            self._check_drawn(end.core, end.now)
         typed, received = self._sim.client.typed, self._sim.server.program.received
         if len(received) > self._checked_keys and b"\x1b" not in received:  # arrows and replies are translated
             self.require(typed.startswith(received), f"typed {bytes(typed)!r}, received {bytes(received)!r}")
             self._checked_keys = len(received)
+
+    def _check_drawn(self, core: mosh.ClientCore, now: int) -> None:
+        """A frame that has been left out would have changed nothing."""
+        if not core.engine.is_waiting:
+            core._drawn = None
+            self.require(core.frame_to_draw(now) == b"", "something on the screen has not been drawn")
 
 
 class Simulation:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -382,6 +383,14 @@ def test_a_program_travels_whole(size: int) -> None:
     program = mosh.Program(b"#" * size, b"WIDTHS")
     assert zlib.decompress(program.packed()) == b"%d\n" % size + b"#" * size + b"WIDTHS"
     assert program.digest == hashlib.sha256(zlib.decompress(program.packed())).hexdigest()
+
+
+def test_a_python_with_modules_built_in_is_not_taken_for_a_minimal_one() -> None:
+    """The stager looks for files, so it may ask only for modules that are files in every whole Python."""
+    asked = re.search(r"find_spec, (\(.*?\))\)", mosh._STAGER)
+    assert asked is not None
+    origins = [getattr(importlib.util.find_spec(name), "origin", None) for name in literal_eval(asked[1])]
+    assert origins and all(str(origin).endswith(".py") for origin in origins)
 
 
 def test_what_is_sent_is_what_runs_here() -> None:

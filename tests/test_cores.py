@@ -137,7 +137,8 @@ def test_a_stock_peer_is_told_nothing_that_stock_would_not_tell() -> None:
     server.receive_datagram(bytes.fromhex(STOCK_CLIENT), HOME_ADDRESS, now=0)
     assert server.client_hello is None
     (answer,) = _instructions(server.datagrams_to_send(now=0))
-    assert answer.diff == b""
+    told = mosh.TerminalState(mosh.Emulator(9, 9)).applied(answer.diff)
+    assert told.hello is None and told.framebuffer == mosh.Emulator(80, 24).framebuffer
     client = _client()
     client.datagrams_to_send(now=0)
     client.receive_datagram(bytes.fromhex(STOCK_SERVER["hello"]), SERVER_ADDRESS, now=300)
@@ -568,6 +569,13 @@ def test_the_program_gets_the_users_window(sim: Simulation) -> None:
     assert sim.server.sizes[1:] == [(100, 30)]
     assert (sim.client.core.screen.width, sim.client.core.screen.height) == (100, 30)
     assert sim.client.seen == sim.client.screen == sim.server.screen
+
+
+def test_a_window_that_gets_the_servers_first_size_before_the_first_answer_is_followed() -> None:
+    sim = Simulation(1, width=60, height=4)
+    sim.client.resize(80, 24)
+    sim.run(ms=2_000)
+    assert len(sim.client.screen.lines) == 24 and sim.client.screen == sim.server.screen
 
 
 def test_of_many_resizes_only_the_last_one_reaches_the_program(sim: Simulation) -> None:

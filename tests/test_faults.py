@@ -517,6 +517,35 @@ def test_a_stopped_client_goes_on_where_it_was(faults: Faults) -> None:
     assert outcome.end == "exit 0"
 
 
+def suspend(session: Session) -> None:
+    """Press the keys that suspend the client, and wait until it has stopped."""
+    session.client.type(b"\x1e\x1a")
+    status = Path(f"/proc/{session.client.pid}/status")
+    peers.wait_until(lambda: "State:\tT" in status.read_text(), LIMIT_SECONDS, "the client to stop")
+
+
+def test_a_client_that_has_been_suspended_takes_the_terminal_again_once(home: Path) -> None:
+    """Twice would leave the user's title behind on the terminal's stack of titles."""
+    with opened(home) as session:
+        suspend(session)
+        session.client.send_signal(signal.SIGCONT)
+        session.client.read_until(lambda output: output.count(b"\x1b[2J") == 2)
+        session.echo()
+        assert session.client.output.count(b"\x1b[?1h") == 2
+        session.quit()
+        assert (session.outcome.end, session.outcome.wrong) == ("exit 0", [])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_client_that_is_told_to_end_while_suspended_ends_when_it_goes_on(home: Path, number: signal.Signals) -> None:
+    with opened(home) as session:
+        suspend(session)
+        session.client.send_signal(number)
+        session.client.send_signal(signal.SIGCONT)
+        session.see_end()
+        assert (session.outcome.end, session.outcome.wrong) == ("exit 0", [])
+
+
 def test_no_clock_is_read_that_anybody_can_set(attack_table: Table) -> None:
     """Only clocks that count from the start of the machine, so setting the time back or forth does nothing."""
     tree = ast.parse((peers.REPOSITORY / "mosh.py").read_text(encoding="utf-8"))

@@ -9,6 +9,8 @@ import random
 import shlex
 import signal
 import string
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -439,6 +441,37 @@ JOURNEYS = [
     move_to_another_address, move_between_families, follow_a_server_that_moves, wake_up_elsewhere,
     reach_a_neighbour_by_scope,
 ]  # fmt: skip
+
+
+# On a machine with two ways out, IPv4 alone: prints whether the watch tells that the first one has gone.
+LOSE_A_WAY = """
+import pathlib, socket, subprocess, sys, mosh
+def ip(*lines):
+    subprocess.run(["ip", "-batch", "-"], input="\\n".join(lines) + "\\n", text=True, check=True)
+for path in pathlib.Path("/proc/sys/net/ipv6/conf").glob("link?/disable_ipv6"):
+    path.write_text("1")
+ip("link set link0 up", "addr add 10.0.0.1/24 dev link0", "link set link1 up", "addr add 10.0.1.1/24 dev link1",
+   "route add default via 10.0.0.254", "route add default via 10.0.1.254 metric 9",
+   "route add default via 10.0.1.254 table 77")
+targets = [(socket.AF_INET, ("192.0.2.1", 60001))]
+watch = mosh.NetworkWatch(0)
+assert not watch.changed(targets, (), 0)
+ip(sys.argv[1])
+ready = mosh.wait(watch.readable(), (), mosh.monotonic_ms() + 5_000)
+print(watch.changed(targets, ready, 0), watch.changed(targets, (), mosh.NOTICE_MS))
+"""
+
+
+@needs_namespaces
+@pytest.mark.parametrize("loss", [
+    "link set link0 down", "addr del 10.0.0.1/24 dev link0", "route del default via 10.0.0.254",
+    "rule add to 192.0.2.0/24 table 77",
+])  # fmt: skip
+def test_the_kernel_tells_of_each_way_to_lose_a_way_out(loss: str) -> None:
+    with Networks() as networks:
+        words = networks.words(networks.client, sys.executable, "-c", LOSE_A_WAY, loss)
+        finished = subprocess.run(words, cwd=peers.REPOSITORY, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
+    assert (finished.stdout, finished.stderr) == ("False True\n", "")
 
 
 @needs_namespaces
