@@ -6335,8 +6335,11 @@ class RawTerminal:
         self.leave()
 
     def enter(self) -> None:
-        """Take the terminal."""
-        modes = termios.tcgetattr(0)
+        """Take the terminal, unless it has gone: a window that closes wakes those who are suspended in it."""
+        try:
+            modes = termios.tcgetattr(0)
+        except termios.error:
+            return  # reading from it will say so
         modes[0] &= ~(
             termios.IGNBRK | termios.BRKINT | termios.PARMRK | termios.ISTRIP
             | termios.INLCR | termios.IGNCR | termios.ICRNL | termios.IXON
