@@ -5519,10 +5519,15 @@ def open_standard_descriptors() -> None:
             setattr(sys, name, open(number, "r" if number == 0 else "w", closefd=False))  # noqa: SIM115
 
 
+def own_python() -> str:
+    """Return the path of the Python that runs this, which does not know it itself where PATH is unset."""
+    return sys.executable or os.path.realpath("/proc/self/exe")
+
+
 def own_program() -> list[str]:
     """Return the words that start this very file again, be it mosh.py, mosh.pyz or a link to it."""
     loader = globals().get("__loader__")
-    return [sys.executable, os.path.abspath(getattr(loader, "archive", None) or __file__)]
+    return [own_python(), os.path.abspath(getattr(loader, "archive", None) or __file__)]
 
 
 # -- the private cache, and the crypto library that mosh.pyz may have to unpack there
@@ -6301,10 +6306,8 @@ class Terminfo:
         except (curses.error, ValueError):
             if term.startswith(_KNOWN_TERMINALS):
                 return  # only its terminfo entry is missing here
-            name = ascii(term) if term else "unset"
-            raise BootstrapError(
-                f"the terminal type TERM is {name}, which this system does not know; try TERM=xterm-256color"
-            ) from None
+            name = f"TERM is {term!a}, which this system does not know" if term else "TERM is unset"
+            raise BootstrapError(f"the type of your terminal is unknown: {name}; try TERM=xterm-256color") from None
         self.open = curses.tigetstr("smcup") or b""
         self.close = curses.tigetstr("rmcup") or b""
         self.ech = curses.tigetstr("ech") is not None
@@ -6425,7 +6428,7 @@ for name in names:
         import subprocess  # 7 ms, unless the login has
 
         # -I -S: nothing of the user's or the site's is needed. A session of its own: Ctrl-C and hang-ups are for us.
-        command = [sys.executable, "-I", "-S", "-c", self._PROGRAM, *self._numbers, *self._names]
+        command = [own_python(), "-I", "-S", "-c", self._PROGRAM, *self._numbers, *self._names]
         with contextlib.suppress(OSError, ValueError):  # no memory, no Python, no name: the known addresses must do
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
@@ -6946,6 +6949,7 @@ _OTHER_COMMAND = (
     "{host} let us in, but did not run what mosh asked for: a forced command for this key (command= or ForceCommand), "
     "or a login shell that is none; what it said is above"
 )
+_PORT_HINT = " (-p is the UDP port of mosh; a port for ssh goes into --ssh='ssh -p PORT')"
 # Why a host that lacks nothing else has no server for us: what it said, exit status, text. The first that applies.
 _OBSTACLES = (
     ("FAIL", BAD_CHECKSUM,
@@ -7381,7 +7385,8 @@ class Login:
                     words = said[kind].groups()
                     raise BootstrapError(text.format(*words, host=host), code)
         if status == 255:  # what ssh ends with when it was ssh that failed
-            raise BootstrapError(f"ssh could not log in to {host}; its own words are above", status)
+            hint = _PORT_HINT if self._options.ports else ""
+            raise BootstrapError(f"ssh could not log in to {host}; its own words are above{hint}", status)
         if status in (126, 127) and self._options.server and "SERVER" in said:
             raise BootstrapError(f"{host} cannot run {self._options.server!r}: see --server", SERVER_NOT_FOUND)
         if not said and status in (126, 127):
@@ -7550,7 +7555,7 @@ def _version_text(verbose: bool) -> str:
     return (
         f"{_VERSION_TEXT}\n"
         f"build:  {program.digest if program else 'unknown'}\n"
-        f"Python: {sys.version.split()[0]}, {sys.executable}\n"
+        f"Python: {sys.version.split()[0]}, {own_python()}\n"
         f"crypto: {cipher}\n"
         f"widths: {_width_table_name()}"
     )
@@ -7581,7 +7586,8 @@ def _wrapper_parser() -> argparse.ArgumentParser:
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> Any:
-            hint = "" if "--" in message or "unrecognized" not in message else "; a command's options go after --"
+            hint = "; ssh's options go into --ssh, a command's after --"
+            hint = "" if "--" in message or "unrecognized" not in message else hint
             raise UsageError(message + hint)
 
     parser = Parser(
@@ -7589,6 +7595,8 @@ def _wrapper_parser() -> argparse.ArgumentParser:
         usage="%(prog)s [options] [user@]host [-- command...]\n       %(prog)s server [new] [options]\n"
         "       %(prog)s client IP PORT",
         description="A remote shell that survives sleep, roaming and bad networks.",
+        epilog="In a session, Ctrl-^ (on many keyboards Ctrl-Shift-6) and then a full stop quits; "
+        "Ctrl-^ Ctrl-Z suspends.",
         allow_abbrev=True,
     )
     add = parser.add_argument
@@ -7610,7 +7618,7 @@ def _wrapper_parser() -> argparse.ArgumentParser:
     add("--ssh-pty", dest="ssh_pty", action="store_true", default=False, help="give the login a terminal (ssh -tt)")
     add("--no-ssh-pty", dest="ssh_pty", action="store_false", help=argparse.SUPPRESS)
     add("--init", dest="init", action="store_true", default=True, help=argparse.SUPPRESS)
-    add("--no-init", dest="init", action="store_false", help="do not switch to the terminal's alternate screen")
+    add("--no-init", dest="init", action="store_false", help="no alternate screen: what was shown stays")
     add("--local", action="store_true", help="run the server on this machine, without ssh; host is its address")
     add("--server", metavar="COMMAND", default="", help="the server to start there, a piece of shell text")
     add("--push", dest="push", action="store_true", default=True, help=argparse.SUPPRESS)
@@ -7618,7 +7626,7 @@ def _wrapper_parser() -> argparse.ArgumentParser:
     add("--client", metavar="PATH", default="", help="the client to run here instead of the built-in one")
     add("--experimental-remote-ip", dest="remote_ip", metavar="HOW", default="auto", help=" ".join(REMOTE_IP_MODES))
     add("--fake-proxy", dest="fake_proxy", action="store_true", help=argparse.SUPPRESS)
-    add("-v", "--verbose", action="count", default=0, help="say which server was started")
+    add("-v", "--verbose", action="count", default=0, help="say which server was started, and what was sent")
     add("--version", action="store_true", help="print the version and exit; with -v also the build, crypto and widths")
     return parser
 
