@@ -4391,8 +4391,8 @@ class NotificationBar:
         """Whether the newest word is the system's on a failure to send, which is the reason of what follows from it."""
         return self._is_network_error
 
-    def text(self, now: int) -> str:
-        """Return the whole line, empty if nothing is to be shown."""
+    def text(self, now: int, width: int = BAR_LIMIT) -> str:
+        """Return the line, empty if nothing is to be shown. Where it is too long, how to quit outlasts for how long."""
         if self._expires_at is not None and now >= self._expires_at:
             self.set_message("", now, permanent=True)
         server_late = now - self.last_heard_at > SERVER_LATE_MS
@@ -4410,11 +4410,13 @@ class NotificationBar:
             line = f"mosh: {self._message}{hint}"
         else:
             line = f"mosh: {self._message} ({_duration(now - since, ' s')} without {word}.){hint}"
+            if len(line) > width:
+                line = f"mosh: {self._message}{hint}"
         return line[:BAR_LIMIT]
 
     def draw(self, screen: Framebuffer, now: int) -> None:
         """Put the line on `screen`, if there is one to show."""
-        text = self.text(now)
+        text = self.text(now, screen.width)
         if not text:
             return
         if screen.cursor_row == 0:
@@ -6712,7 +6714,7 @@ def run_client(
 _NO_ANSWER = """
 mosh did not make a successful connection to {places}.
 No answer came on UDP port {port}. The usual causes:
-  1. A firewall at the server drops UDP: open ports 60000-61000 there, or
+  1. A firewall at the server drops UDP: open ports 60001-60999 there, or
      choose one that is open with -p PORT.
   2. The network that you are on lets no UDP out: try another one.
   3. The server is behind a router or jump host that passes only ssh's port
