@@ -5837,7 +5837,7 @@ PTY_TURN_BYTES = 65_536  # read at most this much of a flood before keys and oth
 PTY_TURN_MS = 2  # and no more than that in this time: 32 MB/s, of which a runaway program needs no second processor
 FIRST_CLIENT_MS = 60_000
 DROPS_LOGGED = 16  # with -v: each of the first dropped datagrams has a line
-_SERVER_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_SERVER_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGCHLD)
 EXEC_FAILURE_PAUSE_S = 3  # so that the text can reach the client
 LOCALE_VARIABLES = (
     *("LANG", "LANGUAGE", "LC_CTYPE", "LC_NUMERIC", "LC_TIME", "LC_COLLATE", "LC_MONETARY", "LC_MESSAGES"),
@@ -5989,6 +5989,13 @@ class Child:
         """Tell the kernel the window size; the program gets SIGWINCH."""
         with contextlib.suppress(OSError):
             fcntl.ioctl(self.fd, termios.TIOCSWINSZ, struct.pack("HHHH", height, width, 0, 0))
+
+    def has_ended(self) -> bool:
+        """Whether the program itself has. What it left in the background may still hold the pty open."""
+        try:
+            return os.waitpid(self.pid, os.WNOHANG)[0] == self.pid
+        except ChildProcessError:  # where SIGCHLD was ignored, or asked before
+            return True
 
     def close(self) -> None:
         """Hang up: the program's session gets SIGHUP. It is not waited for."""
@@ -6160,7 +6167,8 @@ class Server:
         """Whether so much has just been read that it is the turn of others."""
         return monotonic_ms() < self._pty_rests_until
 
-    def _read_pty(self, now: int) -> None:
+    def _read_pty(self, now: int, *, last: bool = False) -> None:
+        """`last`: the program has ended. What the kernel still holds for it, 12 KB on Linux, fits into one turn."""
         chunks: list[bytes] = []
         size = 0
         while size < PTY_TURN_BYTES:
@@ -6175,6 +6183,8 @@ class Server:
                 break
             chunks.append(chunk)
             size += len(chunk)
+        if last:
+            self._pty_open = False
         if size >= PTY_TURN_BYTES:
             self._pty_rests_until = now + PTY_TURN_MS
         if chunks:
@@ -6209,6 +6219,8 @@ class Server:
     def _check_signals(self, now: int) -> None:
         arrived = self._signals.take()
         idle_ms = now - self._core.client_heard_at
+        if signal.SIGCHLD in arrived and self._pty_open and self._child.has_ended():
+            self._read_pty(now, last=True)
         if signal.SIGUSR1 in arrived and idle_ms >= self._signal_timeout_ms:
             self._log(f"Network idle for {idle_ms // 1000} seconds when SIGUSR1 received")
             self._stop(now)
