@@ -75,12 +75,12 @@ sim: $(VENV)/.tools peers ## simulate 10,000 sessions on bad networks, and compa
 	PYTHONPATH=. $(VENV)/bin/python tests/random_sessions.py $(if $(SEED),--seed $(SEED))
 	$(if $(SEED),,MOSH_SIM_LONG=1 $(PYTEST) -s tests/test_differential.py)
 
-bench: $(VENV)/.tools mosh.pyz peers ## measure against stock mosh and plain ssh
+bench: $(VENV)/.tools mosh.pyz peers ## measure against stock mosh and plain ssh; bench-terminal, -network, -simulated, -start: one part
 	@for bench in tests/bench*.py; do \
 	    echo "== $$bench"; MOSH_PYZ="$(CURDIR)/mosh.pyz" $(VENV)/bin/python $$bench || exit 1; \
 	done
 
-bench-terminal bench-network bench-simulated bench-start: bench-%: $(VENV)/.tools mosh.pyz peers ## one of them
+bench-terminal bench-network bench-simulated bench-start: bench-%: $(VENV)/.tools mosh.pyz peers
 	MOSH_PYZ="$(CURDIR)/mosh.pyz" $(VENV)/bin/python tests/bench_$*.py
 
 fuzz: $(VENV)/.tools ## fuzz every decoder, guided by coverage, for MINUTES=n; without the package atheris at random
@@ -95,7 +95,8 @@ clean: ## remove everything that make has made, .venv included
 	rm -rf __pycache__ tests/__pycache__
 
 help: ## show this list
-	@awk 'BEGIN { FS = ":.*## " } /^[a-z -]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
+	@awk 'BEGIN { FS = ":.*## " } /^[a-z -]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+	@echo; awk '/^# [A-Z]+=/ { sub("# ", "  "); print }' Makefile
 
 # -- What the targets need ---------------------------------------------------------------------------------------------
 

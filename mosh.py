@@ -4391,8 +4391,8 @@ class NotificationBar:
         """Whether the newest word is the system's on a failure to send, which is the reason of what follows from it."""
         return self._is_network_error
 
-    def text(self, now: int) -> str:
-        """Return the whole line, empty if nothing is to be shown."""
+    def text(self, now: int, width: int = BAR_LIMIT) -> str:
+        """Return the line, empty if nothing is to be shown. Where it is too long, how to quit outlasts for how long."""
         if self._expires_at is not None and now >= self._expires_at:
             self.set_message("", now, permanent=True)
         server_late = now - self.last_heard_at > SERVER_LATE_MS
@@ -4410,11 +4410,13 @@ class NotificationBar:
             line = f"mosh: {self._message}{hint}"
         else:
             line = f"mosh: {self._message} ({_duration(now - since, ' s')} without {word}.){hint}"
+            if len(line) > width:
+                line = f"mosh: {self._message}{hint}"
         return line[:BAR_LIMIT]
 
     def draw(self, screen: Framebuffer, now: int) -> None:
         """Put the line on `screen`, if there is one to show."""
-        text = self.text(now)
+        text = self.text(now, screen.width)
         if not text:
             return
         if screen.cursor_row == 0:
@@ -5522,10 +5524,15 @@ def open_standard_descriptors() -> None:
             setattr(sys, name, open(number, "r" if number == 0 else "w", closefd=False))  # noqa: SIM115
 
 
+def own_python() -> str:
+    """Return the path of the Python that runs this, which does not know it itself where PATH is unset."""
+    return sys.executable or os.path.realpath("/proc/self/exe")
+
+
 def own_program() -> list[str]:
     """Return the words that start this very file again, be it mosh.py, mosh.pyz or a link to it."""
     loader = globals().get("__loader__")
-    return [sys.executable, os.path.abspath(getattr(loader, "archive", None) or __file__)]
+    return [own_python(), os.path.abspath(getattr(loader, "archive", None) or __file__)]
 
 
 # -- the private cache, and the crypto library that mosh.pyz may have to unpack there
@@ -5833,7 +5840,7 @@ PTY_TURN_BYTES = 65_536  # read at most this much of a flood before keys and oth
 PTY_TURN_MS = 2  # and no more than that in this time: 32 MB/s, of which a runaway program needs no second processor
 FIRST_CLIENT_MS = 60_000
 DROPS_LOGGED = 16  # with -v: each of the first dropped datagrams has a line
-_SERVER_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_SERVER_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGCHLD)
 SESSION_DESCRIPTORS = 4  # beside the socket: a pipe and both ends of the pty, later one of each and what signals take
 EXEC_FAILURE_PAUSE_S = 3  # so that the text can reach the client
 LOCALE_VARIABLES = (
@@ -5986,6 +5993,13 @@ class Child:
         """Tell the kernel the window size; the program gets SIGWINCH."""
         with contextlib.suppress(OSError):
             fcntl.ioctl(self.fd, termios.TIOCSWINSZ, struct.pack("HHHH", height, width, 0, 0))
+
+    def has_ended(self) -> bool:
+        """Whether the program itself has. What it left in the background may still hold the pty open."""
+        try:
+            return os.waitpid(self.pid, os.WNOHANG)[0] == self.pid
+        except ChildProcessError:  # where SIGCHLD was ignored, or asked before
+            return True
 
     def close(self) -> None:
         """Hang up: the program's session gets SIGHUP. It is not waited for."""
@@ -6157,7 +6171,8 @@ class Server:
         """Whether so much has just been read that it is the turn of others."""
         return monotonic_ms() < self._pty_rests_until
 
-    def _read_pty(self, now: int) -> None:
+    def _read_pty(self, now: int, *, last: bool = False) -> None:
+        """`last`: the program has ended. What the kernel still holds for it, 12 KB on Linux, fits into one turn."""
         chunks: list[bytes] = []
         size = 0
         while size < PTY_TURN_BYTES:
@@ -6172,6 +6187,8 @@ class Server:
                 break
             chunks.append(chunk)
             size += len(chunk)
+        if last:
+            self._pty_open = False
         if size >= PTY_TURN_BYTES:
             self._pty_rests_until = now + PTY_TURN_MS
         if chunks:
@@ -6206,6 +6223,8 @@ class Server:
     def _check_signals(self, now: int) -> None:
         arrived = self._signals.take()
         idle_ms = now - self._core.client_heard_at
+        if signal.SIGCHLD in arrived and self._pty_open and self._child.has_ended():
+            self._read_pty(now, last=True)
         if signal.SIGUSR1 in arrived and idle_ms >= self._signal_timeout_ms:
             self._log(f"Network idle for {idle_ms // 1000} seconds when SIGUSR1 received")
             self._stop(now)
@@ -6317,10 +6336,8 @@ class Terminfo:
         except (curses.error, ValueError):
             if term.startswith(_KNOWN_TERMINALS):
                 return  # only its terminfo entry is missing here
-            name = ascii(term) if term else "unset"
-            raise BootstrapError(
-                f"the terminal type TERM is {name}, which this system does not know; try TERM=xterm-256color"
-            ) from None
+            name = f"TERM is {term!a}, which this system does not know" if term else "TERM is unset"
+            raise BootstrapError(f"the type of your terminal is unknown: {name}; try TERM=xterm-256color") from None
         self.open = curses.tigetstr("smcup") or b""
         self.close = curses.tigetstr("rmcup") or b""
         self.ech = curses.tigetstr("ech") is not None
@@ -6356,7 +6373,7 @@ class RawTerminal:
         try:
             modes = termios.tcgetattr(0)
         except termios.error:  # a controlling terminal that goes sends SIGCONT along with SIGHUP
-            return
+            return  # reading from it will say so
         modes[0] &= ~(
             termios.IGNBRK | termios.BRKINT | termios.PARMRK | termios.ISTRIP
             | termios.INLCR | termios.IGNCR | termios.ICRNL | termios.IXON
@@ -6441,7 +6458,7 @@ for name in names:
         import subprocess  # 7 ms, unless the login has
 
         # -I -S: nothing of the user's or the site's is needed. A session of its own: Ctrl-C and hang-ups are for us.
-        command = [sys.executable, "-I", "-S", "-c", self._PROGRAM, *self._numbers, *self._names]
+        command = [own_python(), "-I", "-S", "-c", self._PROGRAM, *self._numbers, *self._names]
         with contextlib.suppress(OSError, ValueError):  # no memory, no Python, no name: the known addresses must do
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
@@ -6720,7 +6737,7 @@ def run_client(
 _NO_ANSWER = """
 mosh did not make a successful connection to {places}.
 No answer came on UDP port {port}. The usual causes:
-  1. A firewall at the server drops UDP: open ports 60000-61000 there, or
+  1. A firewall at the server drops UDP: open ports 60001-60999 there, or
      choose one that is open with -p PORT.
   2. The network that you are on lets no UDP out: try another one.
   3. The server is behind a router or jump host that passes only ssh's port
@@ -6958,6 +6975,7 @@ _OTHER_COMMAND = (
     "{host} let us in, but did not run what mosh asked for: a forced command for this key (command= or ForceCommand), "
     "or a login shell that is none; what it said is above"
 )
+_PORT_HINT = " (-p is the UDP port of mosh; a port for ssh goes into --ssh='ssh -p PORT')"
 # Why a host that lacks nothing else has no server for us: what it said, exit status, text. The first that applies.
 _OBSTACLES = (
     ("FAIL", BAD_CHECKSUM,
@@ -7393,7 +7411,8 @@ class Login:
                     words = said[kind].groups()
                     raise BootstrapError(text.format(*words, host=host), code)
         if status == 255:  # what ssh ends with when it was ssh that failed
-            raise BootstrapError(f"ssh could not log in to {host}; its own words are above", status)
+            hint = _PORT_HINT if self._options.ports else ""
+            raise BootstrapError(f"ssh could not log in to {host}; its own words are above{hint}", status)
         if status in (126, 127) and self._options.server and "SERVER" in said:
             raise BootstrapError(f"{host} cannot run {self._options.server!r}: see --server", SERVER_NOT_FOUND)
         if not said and status in (126, 127):
@@ -7562,7 +7581,7 @@ def _version_text(verbose: bool) -> str:
     return (
         f"{_VERSION_TEXT}\n"
         f"build:  {program.digest if program else 'unknown'}\n"
-        f"Python: {sys.version.split()[0]}, {sys.executable}\n"
+        f"Python: {sys.version.split()[0]}, {own_python()}\n"
         f"crypto: {cipher}\n"
         f"widths: {_width_table_name()}"
     )
@@ -7593,7 +7612,8 @@ def _wrapper_parser() -> argparse.ArgumentParser:
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> Any:
-            hint = "" if "--" in message or "unrecognized" not in message else "; a command's options go after --"
+            hint = "; ssh's options go into --ssh, a command's after --"
+            hint = "" if "--" in message or "unrecognized" not in message else hint
             raise UsageError(message + hint)
 
     parser = Parser(
@@ -7601,6 +7621,8 @@ def _wrapper_parser() -> argparse.ArgumentParser:
         usage="%(prog)s [options] [user@]host [-- command...]\n       %(prog)s server [new] [options]\n"
         "       %(prog)s client IP PORT",
         description="A remote shell that survives sleep, roaming and bad networks.",
+        epilog="In a session, Ctrl-^ (on many keyboards Ctrl-Shift-6) and then a full stop quits; "
+        "Ctrl-^ Ctrl-Z suspends.",
         allow_abbrev=True,
     )
     add = parser.add_argument
@@ -7622,7 +7644,7 @@ def _wrapper_parser() -> argparse.ArgumentParser:
     add("--ssh-pty", dest="ssh_pty", action="store_true", default=False, help="give the login a terminal (ssh -tt)")
     add("--no-ssh-pty", dest="ssh_pty", action="store_false", help=argparse.SUPPRESS)
     add("--init", dest="init", action="store_true", default=True, help=argparse.SUPPRESS)
-    add("--no-init", dest="init", action="store_false", help="do not switch to the terminal's alternate screen")
+    add("--no-init", dest="init", action="store_false", help="no alternate screen: what was shown stays")
     add("--local", action="store_true", help="run the server on this machine, without ssh; host is its address")
     add("--server", metavar="COMMAND", default="", help="the server to start there, a piece of shell text")
     add("--push", dest="push", action="store_true", default=True, help=argparse.SUPPRESS)
@@ -7630,7 +7652,7 @@ def _wrapper_parser() -> argparse.ArgumentParser:
     add("--client", metavar="PATH", default="", help="the client to run here instead of the built-in one")
     add("--experimental-remote-ip", dest="remote_ip", metavar="HOW", default="auto", help=" ".join(REMOTE_IP_MODES))
     add("--fake-proxy", dest="fake_proxy", action="store_true", help=argparse.SUPPRESS)
-    add("-v", "--verbose", action="count", default=0, help="say which server was started")
+    add("-v", "--verbose", action="count", default=0, help="say which server was started, and what was sent")
     add("--version", action="store_true", help="print the version and exit; with -v also the build, crypto and widths")
     return parser
 

@@ -594,6 +594,13 @@ def test_a_login_that_fails_is_explained(
     assert KEY not in str(error.value) + "".join(capfd.readouterr())
 
 
+@pytest.mark.parametrize("ports", ["", "2222"])
+def test_who_gave_a_udp_port_for_sshs_is_told(ports: str, tmp_path: Path) -> None:
+    with pytest.raises(mosh.BootstrapError) as error:
+        _run_login(LOOKUP + "exit 255", tmp_path, ports=ports)
+    assert ("--ssh='ssh -p PORT'" in str(error.value)) == bool(ports)
+
+
 def test_an_ssh_that_does_not_exist_is_named(tmp_path: Path) -> None:
     login = mosh.Login(_login(host="there", ssh=[str(tmp_path / "no-ssh")]), 256)
     with pytest.raises(mosh.BootstrapError, match="no-ssh"):

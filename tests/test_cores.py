@@ -323,6 +323,12 @@ def test_what_a_client_says_while_it_waits(now: int, text: str) -> None:
     assert Screen(client.screen).text == ""
 
 
+def test_how_to_quit_is_said_on_a_narrow_terminal_too() -> None:
+    client = _client(width=80)
+    client.frame_to_draw(10_000)
+    assert client.shown.lines()[0].rstrip() == NOTICES[1][1]
+
+
 def test_why_nothing_can_be_sent_is_not_hidden_by_what_follows_from_it() -> None:
     client = _client()
     client.note_network_error("sendto: Network is unreachable", now=100)

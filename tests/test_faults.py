@@ -463,6 +463,16 @@ def test_a_closed_terminal_ends_client_and_server(faults: Faults, prefix: tuple[
     assert outcome.end == "exit 0"
 
 
+def test_a_terminal_that_closes_under_a_suspended_client_ends_client_and_server(home: Path) -> None:
+    """The system wakes it, for the hang-up to be seen: it must not try to take its terminal back."""
+    with opened(home) as session:
+        session.client.send_signal(signal.SIGSTOP)
+        session.client.hang_up()
+        session.client.send_signal(signal.SIGCONT)
+        peers.wait_until(lambda: not session.server.alive(), LIMIT_SECONDS, "the server to leave")
+        assert_nothing_is_left(home)
+
+
 # -- signals and pauses ----------------------------------------------------------------------------------------
 
 

@@ -312,6 +312,13 @@ def test_the_program_knows_how_to_start_itself_again(kind: str, tmp_path: Path) 
     assert (finished.returncode, mosh.__version__ in finished.stdout) == (0, True), finished.stderr
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells what runs without PATH")
+def test_a_python_that_does_not_know_where_it_lies_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when it was started by its name alone, and PATH is unset."""
+    monkeypatch.setattr(sys, "executable", "")
+    assert Path(mosh.own_python()).samefile("/proc/self/exe")
+
+
 # -- answering from the address that was asked -----------------------------------------------------------------
 
 

@@ -473,6 +473,20 @@ def test_the_end_of_the_program_ends_the_session(start: Start) -> None:
     wait_until(lambda: not server.alive(), LIMIT_SECONDS, "the server to leave")
 
 
+def test_the_end_of_the_program_ends_the_session_whatever_it_left_in_the_background(start: Start) -> None:
+    """As with ssh: a job that still holds the terminal open must not keep anybody from leaving."""
+    script = "set -m; sleep 60 & echo job $! on; read line; seq 2000; echo goodbye"
+    server = start(command=("sh", "-c", script))[1]
+    with Session(server) as session:
+        (line,) = (line for line in session.wait_for(" on").splitlines() if line.startswith("job "))
+        session.type(b"\n")
+        session.run_until(lambda: session.core.phase is mosh.Phase.CLOSED)
+        assert session.core.transport.clean
+        assert "goodbye" in "".join(session.core.screen.lines())
+    wait_until(lambda: not server.alive(), LIMIT_SECONDS, "the server to leave")
+    os.kill(int(line.split()[1]), signal.SIGKILL)
+
+
 def test_a_signal_ends_the_session_for_both_ends(start: Start) -> None:
     server = start()[1]
     with Session(server) as session:
