@@ -5836,7 +5836,7 @@ def choose_cipher(wanted: str = "") -> Callable[[bytes], Cipher]:
 # client has been heard: until then the window size and, with peers of ours, the capabilities are not known.
 
 PTY_READ_BYTES = 16_384
-PTY_TURN_BYTES = 65_536  # read at most this much of a flood before keys and other events have their turn,
+PTY_TURN_BYTES = 65_536  # read at most this much of a flood before others have their turn, less if a datagram comes,
 PTY_TURN_MS = 2  # and no more than that in this time: 32 MB/s, of which a runaway program needs no second processor
 FIRST_CLIENT_MS = 60_000
 DROPS_LOGGED = 16  # with -v: each of the first dropped datagrams has a line
@@ -6108,7 +6108,7 @@ class Server:
             now = monotonic_ms()
             if self._udp in ready:
                 self._receive(now)
-                self._feed_pty(now)  # before reading: a flood takes 7 ms of a turn, which Ctrl-C should not wait for
+                self._feed_pty(now)  # before anything is read: Ctrl-C should not wait for the flood it is to stop
             if fd in ready and not self._pty_rests:
                 self._read_pty(now)
             self._feed_pty(now)
@@ -6187,6 +6187,8 @@ class Server:
                 break
             chunks.append(chunk)
             size += len(chunk)
+            if not last and wait((self._udp,), (), 0):  # a key, most likely, and 64 KB of a flood can take 7 ms
+                break
         if last:
             self._pty_open = False
         if size >= PTY_TURN_BYTES:
