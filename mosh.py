@@ -7180,6 +7180,16 @@ def resolve(host: str, port: int, family: str) -> list[Candidate]:
     return sorted(unique, key=lambda candidate: candidate.family != first)
 
 
+def is_here(candidate: Candidate) -> bool:
+    """Return whether an address is one of this machine's."""
+    try:
+        with socket.socket(candidate.family, socket.SOCK_DGRAM) as probe:
+            probe.bind((candidate.sockaddr[0], 0, *candidate.sockaddr[2:]))
+    except OSError:
+        return False
+    return True
+
+
 class Login:
     """Starts a server, over ssh or on this machine, and finds out where it can be reached."""
 
@@ -7214,6 +7224,8 @@ class Login:
         null, pipe = subprocess.DEVNULL, subprocess.PIPE
         stdin = null
         if options.local:
+            if not any(map(is_here, resolve(options.host, 0, options.family))):
+                raise BootstrapError(f"{options.host} is no address of this machine, where --local starts the server")
             command = self._local_command()
             environ.pop("SSH_CONNECTION", None)
             directory = environ.get("HOME")

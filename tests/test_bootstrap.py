@@ -674,6 +674,15 @@ def test_nothing_but_text_is_printable(text: str) -> None:
     assert mosh.printable(shown) == shown
 
 
+def test_a_local_server_needs_an_address_of_this_machine() -> None:
+    options = mosh.LoginOptions()
+    options.local = True
+    options.host = "192.0.2.1"      # RFC 5737: nobody's
+    with pytest.raises(mosh.BootstrapError, match=r"^192\.0\.2\.1 is no address of this machine"):
+        mosh.Login(options, 256).start()
+    assert mosh.is_here(mosh.resolve("127.0.0.1", 60001, "inet")[0])
+
+
 def test_an_error_that_quotes_the_host_is_printable(capsys: pytest.CaptureFixture[str]) -> None:
     assert mosh.main(["mosh.py", "--local", "--", "a\x1b]52;c;?\x07b"]) != 0
     assert "\x1b" not in capsys.readouterr().err
