@@ -176,6 +176,9 @@ class UsageError(MoshError):
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # wire types
 _FIXED_SIZE = {_FIXED64: 8, _FIXED32: 4}
 _VARINT_LIMIT_BYTES = 10
+_ZLIB_HEADER = b"\x78\x9c"  # deflate, a window of 32 KB, the usual effort
+_DEFLATE_LOOKAHEAD_BYTES = 262  # of its window deflate keeps free: the longest match and a bit
+_DEFLATE_BLOCK_BITS = 6  # at memory level n a block holds 2**(n + 6) symbols
 _U64 = 2**64 - 1
 
 
@@ -227,8 +230,15 @@ def decode_fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
 
 
 def deflate(data: bytes) -> bytes:
-    """Return `data` as one zlib stream (RFC 1950)."""
-    return zlib.compress(data)
+    """Return `data` as one zlib stream (RFC 1950), the same as zlib.compress does if there is not much of it.
+
+    That sets 256 KB up for each stream, which takes longer than to compress what mosh mostly has to say. A window and a
+    block that just hold all of `data` serve as well; the header promises to look no further back than 32 KB.
+    """
+    window_bits = min(max(9, (len(data) + _DEFLATE_LOOKAHEAD_BYTES).bit_length()), zlib.MAX_WBITS)
+    memory_level = min(max(1, len(data).bit_length() - _DEFLATE_BLOCK_BITS), zlib.DEF_MEM_LEVEL)
+    stream = zlib.compressobj(wbits=-window_bits, memLevel=memory_level)  # negative: without header and checksum
+    return _ZLIB_HEADER + stream.compress(data) + stream.flush() + zlib.adler32(data).to_bytes(4, "big")
 
 
 def inflate(data: bytes) -> bytes:
@@ -945,7 +955,8 @@ class FragmentAssembly:
 # echo is next to none. So here an instruction is a debt, paid off at PACING_BYTES per interval, and the next one waits
 # for the part of the interval that the debt is of PACING_BYTES: a full datagram costs the whole interval, a frame at
 # least half of it, an ack or a key hardly anything. What goes out in an interval stays below PACING_BYTES and one
-# instruction, which is about what stock may send.
+# instruction, which is about what stock may send. Once per round trip one goes ahead of its turn: if the user has typed
+# something and the program has been silent since, as after Ctrl-C in a flood, this is the answer that he waits for.
 #
 # The fragments of a large instruction would be lost together if they met a policer's bucket at once. Those beyond
 # BURST_DATAGRAMS are spread over the frame interval, each sealed when it leaves. What comes up meanwhile waits for the
@@ -963,11 +974,14 @@ class FragmentAssembly:
 # - Nothing: as long as no ack comes, the interval grows to a third of the wait, up to ACK_INTERVAL_MS. It stretches
 #   the pacing as well, so frames to a peer that is out of reach become rare, and keys, which are cheap, do not. The
 #   first datagram heard again ends it: what the peer lacks is sent at once, see above.
+#
+# Heartbeats. Who has nothing to say says so every ACK_INTERVAL_MS. If the peer's word comes first, ours is said at once
+# and the next one left to the peer as well: then a processor, or a radio, wakes once for both of them and not twice.
 
 COLLECT_MS = {"server": 7, "client": 0}  # changes are gathered this long; stock's 8 and 1, less what Python takes
 QUIET_MS = 2  # and a few bytes, such as an echo, until so long no more of them have come
 ACK_INTERVAL_MS = 3_000  # an idle peer still hears from us this often, which keeps NAT mappings open
-ACK_DELAY_MS = 100  # an ack waits this long for data to ride on; also slack on top of the RTO
+ACK_DELAY_MS = 100  # an ack waits this long for data to ride on; also slack on top of the RTO, and for a heartbeat
 BACKOFF = 3  # while nothing is acknowledged, the interval grows to this part of the wait, ACK_INTERVAL_MS at most
 assert COLLECT_MS["client"] <= QUIET_MS < COLLECT_MS["server"]
 assert max(COLLECT_MS.values()) < ACK_DELAY_MS < ACK_INTERVAL_MS
@@ -1053,6 +1067,9 @@ class Sender(Generic[Local]):
         self._fresh_bytes = 0  # of what made it differ, as far as that is known
         self._fresh_at = now  # when the newest of them came
         self._unacked_since: int | None = None  # when a change was first sent that no ack has answered in any part
+        self._typed_at: int | None = None  # when the peer's user typed something whose answer has not been sent
+        self._answered_at = now - round_trip.rto_ms  # when an answer last went ahead of its turn
+        self._heartbeat_ms = ACK_INTERVAL_MS  # until the next one, from the last instruction on
         self._held_until = now  # a diff was too large for an address that is not proven, and a probe has gone instead
         self._resend_now = False  # the peer has been heard, and lacks what it should have by now
         self._last_diff_bytes = 0
@@ -1061,6 +1078,7 @@ class Sender(Generic[Local]):
         self._debt_at = now
         self._next_send_at: int | None = None
         self._next_ack_at: int = now
+        self._follows = False  # what is sent next is a heartbeat that answers the peer's
         self.hurried = False  # see hurry
         # shutdown
         self.shutdown_at: int | None = None
@@ -1078,8 +1096,11 @@ class Sender(Generic[Local]):
         if self.current != last.state:
             if self._changed_at is None:
                 self._changed_at = now
-            paced_at = self._debt_at + self._pacing_ms()
-            self._next_send_at = max(self._collected_at(self._changed_at), paced_at, self._held_until)
+            turn_at = self._debt_at + self._pacing_ms()
+            if self._typed_at is not None:
+                next_answer_at = self._answered_at + 2 * self._round_trip.frame_interval_ms
+                turn_at = min(turn_at, max(self._silent_at(self._typed_at), next_answer_at))
+            self._next_send_at = max(self._collected_at(self._changed_at), turn_at, self._held_until)
         elif self.current != self.sent[0].state:
             self._changed_at = None
             self._next_send_at = last.at + self._resend_ms(last.at)
@@ -1095,6 +1116,10 @@ class Sender(Generic[Local]):
         collected_at = changed_at + self._collect_ms
         few = 0 < self._fresh_bytes <= SMALL_DIFF_BYTES
         return min(collected_at, self._fresh_at + QUIET_MS) if few else collected_at
+
+    def _silent_at(self, typed_at: int) -> int:
+        """Return when the program will have said all that it says to what was typed, if no more comes."""
+        return max(typed_at, self._fresh_at) + self._collect_ms
 
     @property
     def patience_ms(self) -> int:
@@ -1132,6 +1157,10 @@ class Sender(Generic[Local]):
         self._debt_bytes = max(0.0, self._debt_bytes - paid) + debt
         self._debt_at = now
         self._last_diff_bytes = len(diff)
+
+    def expect_answer(self, now: int) -> None:
+        """The peer's user has typed something."""
+        self._typed_at = now
 
     def hurry(self, now: int) -> None:
         """One of the ends may have moved: send at once what surely applies there, as a state of its own, so that the
@@ -1230,13 +1259,16 @@ class Sender(Generic[Local]):
                 del self.sent[-SENT_DROP]
         if state is self.current:
             self._fresh_bytes = 0
+            if self._typed_at is not None and now >= self._silent_at(self._typed_at):
+                self._typed_at, self._answered_at = None, now
         if num == LAST_STATE_NUM:
             self.shutdown_tries += 1
         if diff and self._unacked_since is None:
             self._unacked_since = now
-        self._next_ack_at = now + ACK_INTERVAL_MS
+        self._heartbeat_ms = ACK_INTERVAL_MS + (ACK_DELAY_MS if self._follows else 0)
+        self._next_ack_at = now + self._heartbeat_ms
         self._next_send_at = self._changed_at = None
-        self.data_ack_due = self._resend_now = self.hurried = False
+        self.data_ack_due = self._resend_now = self.hurried = self._follows = False
         return Instruction(base.num, num, self.ack_num, self.sent[0].num, diff)
 
     # -- acks in
@@ -1255,6 +1287,9 @@ class Sender(Generic[Local]):
             self.resend()
             self._unacked_since = self._unacked_since and now  # it can be reached again: what follows need not wait
             self.data_ack_due = self.data_ack_due or bool(instruction.diff)  # it may be a repeat: our ack was lost
+        heartbeat = not instruction.diff and now - self.sent[-1].at >= 2 * self._round_trip.srtt_ms + ACK_DELAY_MS
+        if heartbeat and self.is_idle and self.current == self.sent[0].state:
+            self._follows, self._next_ack_at = True, now
 
     def release(self) -> None:
         """The peer's address is proven: what was held may go."""
@@ -1267,7 +1302,7 @@ class Sender(Generic[Local]):
     def train_left(self, now: int) -> None:
         """The last datagram of the last instruction has been sent only now: an ack cannot come sooner."""
         self.sent[-1].at = now
-        self._next_ack_at = now + ACK_INTERVAL_MS
+        self._next_ack_at = now + self._heartbeat_ms
 
 
 class Receiver(Generic[Remote]):
@@ -1377,7 +1412,6 @@ class Transport(Generic[Local, Remote]):
     def datagrams_to_send(self, now: int) -> list[bytes]:
         """Return the datagrams that are due, each for every address in `datagrams.peers`."""
         self._check_shutdown(now)
-        self.sender.update_timers(now)
         if self.phase is Phase.CLOSED or not self._may_send:
             self._train.clear()
             return []
@@ -1386,6 +1420,7 @@ class Transport(Generic[Local, Remote]):
             self._train.clear()  # none of it would arrive
             self._train_mtu_bytes = self.datagrams.mtu_bytes
             self.sender.resend()
+        self.sender.update_timers(now)
         if not self._train:
             self._start_train(now)
         out = []
@@ -3786,6 +3821,8 @@ class TerminalState:
 
     def diff_from(self, base: TerminalState) -> bytes:
         """Return a HostMessage; see State."""
+        if base is self:  # as in every heartbeat
+            return b""
         out = []
         last, new = base.framebuffer, self.framebuffer
         if self.hello and not base.hello:
@@ -4590,6 +4627,8 @@ class ServerCore:
         self._feed_keys(keys)
         if resize:
             self._resize(resize)
+        if any(isinstance(event, int) for event in events):
+            self.transport.sender.expect_answer(now)
         if events:
             self._echo_pending.append((now + ECHO_ACK_DELAY_MS, remote.num))
             self._changed = True

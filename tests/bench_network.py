@@ -50,7 +50,8 @@ KILL_LINE = "\x15"
 PROMPT = "=#="                      # neither in a flood nor made of blanks, so a frame holds all of it
 MEGABIT = 125_000.0                 # bytes per second
 FLOODS = {"yes": "yes", "seq": "seq 100000000", "random text": "base64 /dev/urandom"}
-FLOOD_SECONDS = (1.0, 2.0)          # a flood has run so long when Ctrl-C is pressed
+FLOOD_SECONDS = 1.0                 # a flood has run so long when Ctrl-C is pressed, but for a part of
+FRAME_SECONDS = 0.06                # what passes between two frames, for where in it the key falls decides much
 PROMPT_SECONDS = 30.0
 IDLE_SECONDS = 20.0
 LEAVE_SECONDS = 8.0
@@ -72,7 +73,7 @@ class Effort:
 
 
 QUICK = Effort(keys=14, lines=1, lossy_lines=1, floods=["yes"], rounds=1, farewells=1)
-FULL = Effort(keys=45, lines=2, lossy_lines=6, floods=list(FLOODS), rounds=9, farewells=3)
+FULL = Effort(keys=45, lines=2, lossy_lines=6, floods=list(FLOODS), rounds=12, farewells=3)
 
 
 # -- typing ----------------------------------------------------------------------------------------------------
@@ -196,11 +197,13 @@ def measure_loss(effort: Effort, chance: random.Random) -> Results:
     }
 
 
-def stop_flood(session: Session, flood: str, chance: random.Random) -> float:
-    """Milliseconds from Ctrl-C during the flood to the prompt on the screen."""
+def stop_flood(session: Session, flood: str, phase: float) -> float:
+    """Milliseconds from Ctrl-C, pressed `phase` of FRAME_SECONDS after a frame of the flood, to the prompt."""
     client = session.client
     client.type(flood + "\r")
-    client.drain(chance.uniform(*FLOOD_SECONDS))
+    client.drain(FLOOD_SECONDS)
+    client.read_for(FRAME_SECONDS)
+    client.drain(phase * FRAME_SECONDS)
     client.seen = ""
     pressed_at = time.monotonic()
     client.type("\x03")
@@ -210,16 +213,21 @@ def stop_flood(session: Session, flood: str, chance: random.Random) -> float:
 
 
 def measure_flood(effort: Effort, chance: random.Random) -> Results:
-    """Ctrl-C in a flood of output, on a slow link with a deep buffer. One session floods at a time."""
+    """Ctrl-C in a flood of output, on a slow link with a deep buffer. One session floods at a time.
+
+    The moments of the key are spread evenly over the time between two frames, the same for all pairings.
+    """
     link = Link(rtt_ms=100, rate_bytes_per_s=MEGABIT, buffer_ms=1_000)
     rows: Results = {}
     with all_sessions(command=peers.SHELL_COMMAND, link=link, ready=PROMPT, PS1=PROMPT) as sessions:
         settle(sessions, 1.0)
         for name in effort.floods:
             samples: list[list[float]] = [[] for _ in sessions]
-            for _ in range(effort.rounds):
+            phases = [(number + 0.5) / effort.rounds for number in range(effort.rounds)]
+            chance.shuffle(phases)
+            for phase in phases:
                 for session, values in zip(sessions, samples):
-                    values.append(stop_flood(session, FLOODS[name], chance))
+                    values.append(stop_flood(session, FLOODS[name], phase))
             rows[f"Ctrl-C to prompt in `{name}`, 1 Mbit/s: median, ms"] = [median(values) for values in samples]
             if effort.rounds > 1:
                 rows[f"Ctrl-C to prompt in `{name}`, 1 Mbit/s: worst, ms"] = [max(values) for values in samples]

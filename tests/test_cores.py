@@ -1111,3 +1111,24 @@ def test_output_that_changed_nothing_does_not_delay_an_echo(sim: Simulation) -> 
     sim.server.write(b"e")
     took_ms = sim.run_until(lambda: "e" in sim.client.screen.text, limit_ms=100)
     assert took_ms <= sim.link.delay_ms + mosh.QUIET_MS + 1
+
+
+@pytest.mark.parametrize("phase_ms", range(0, 60, 7))
+def test_ctrl_c_shows_the_prompt_within_a_round_trip_wherever_in_the_flood_it_falls(phase_ms: int) -> None:
+    sim = Simulation(1)
+    sim.link.delay_ms, sim.link.rate_bytes_per_s = 50, 125_000
+    sim.run(ms=3_000)
+    noise = random.Random(phase_ms)
+
+    def flood() -> None:
+        if b"\x03" in sim.server.program.received:
+            sim.at(sim.now + 3, lambda: sim.server.write(b"^C\r\n=#= "))
+            return
+        sim.server.write(bytes(noise.choices(range(0x21, 0x7F), k=2_000)))
+        sim.at(sim.now + 1, flood)
+
+    flood()
+    sim.run(ms=1_000 + phase_ms)
+    sim.client.type("\x03")
+    took_ms = sim.run_until(lambda: "=#=" in sim.client.screen.text, limit_ms=1_000)
+    assert took_ms < 2 * sim.link.delay_ms + 20 + mosh.COLLECT_MS["server"]  # 20: a frame takes so long on that link

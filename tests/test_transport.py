@@ -170,7 +170,7 @@ def _connected(collect_ms: int = 1, rtt_ms: int = 40) -> Peer:
     """Return the peer of a transport that has said 0=>1, heard 0=>1 and has nothing more to say; it is 1 s."""
     transport = _transport(collect_ms=collect_ms)
     peer = Peer(transport)
-    peer.listen(until=900)
+    peer.listen(until=50)
     peer.say(0, 1, ack=1)
     peer.measure_round_trips(rtt_ms)
     peer.listen(until=1_000)
@@ -184,10 +184,44 @@ def test_data_is_acknowledged_after_100_ms_by_an_empty_ack() -> None:
     assert peer.listen(until=3_000) == [(1_100, 1, 2, 2, 1, "")]
 
 
-def test_an_empty_instruction_is_acknowledged_by_the_next_heartbeat_only() -> None:
-    peer = _connected()
+def test_an_empty_instruction_soon_after_ours_is_acknowledged_by_the_next_heartbeat_only() -> None:
+    peer = _connected(rtt_ms=500)
     peer.say(1, 2, "", ack=1)
     assert peer.listen(until=5_000) == [(3_000, 1, 2, 2, 1, "")]
+
+
+def test_a_heartbeat_is_answered_by_ours_and_the_next_one_left_to_the_peer() -> None:
+    peer = _connected(rtt_ms=100)
+    for beat in range(1, 6):
+        peer.now = 3_000 * beat - 1_500  # in the middle between ours, at first
+        peer.say(beat, beat + 1, "", ack=beat)
+        assert peer.listen(until=peer.now + 2_900) == [(3_000 * beat - 1_500, beat, beat + 1, beat + 1, beat, "")]
+    late = peer.listen(until=30_000)  # the peer has gone silent: it is up to us again
+    assert [at for at, *_ in late] == [16_600, 19_600, 22_600, 25_600, 28_600]
+
+
+@pytest.mark.parametrize("phase_ms", range(0, 3_000, 250))
+def test_two_idle_ends_wake_once_for_both_heartbeats(phase_ms: int) -> None:
+    """Whenever either has last said something: one of them leads, and neither sends more often than every 3 s."""
+    ends = [_transport(TO_SERVER), _transport(TO_CLIENT, connected=False)]
+    on_the_way: list[tuple[int, int, bytes]] = []  # arrives at, at which end, datagram
+    sent_at: list[list[int]] = [[], []]
+    key_at, now = 10_000 + phase_ms, 0
+    while now <= 60_000:
+        for each in [each for each in on_the_way if each[0] <= now]:
+            on_the_way.remove(each)
+            ends[each[1]].receive_datagram(each[2], PEER, now)
+        if now == key_at:
+            ends[0].set_current(Note("a key"), now)
+        for number, end in enumerate(ends):
+            datagrams = end.datagrams_to_send(now)
+            on_the_way += [(now + 50, 1 - number, datagram) for datagram in datagrams]
+            sent_at[number] += [now] * len(datagrams)
+        deadlines = [end.next_timeout() or key_at for end in ends] + [at for at, *_ in on_the_way]
+        now = min(deadline for deadline in (*deadlines, key_at) if deadline > now)
+    first, second = ([at for at in times if at > 30_000][:9] for times in sent_at)
+    assert _gaps(first) == _gaps(second) == [3_000] * 8
+    assert 50 in ((first[0] - second[0]) % 3_000, (second[0] - first[0]) % 3_000)
 
 
 def test_an_ack_rides_on_data() -> None:
@@ -254,6 +288,45 @@ def test_a_frame_makes_the_next_one_wait_by_its_size(
     second = next(sent for sent in peer.listen(until=1_300) if sent[2] > first[2])
     assert least * interval_ms <= second[0] - first[0] <= most * interval_ms + 2
     assert second[2] == first[2] + 1
+
+
+def _flood(peer: Peer, until: int, silent_at: int) -> list[int]:
+    """Let a program fill the screen every millisecond until `silent_at`. Returns when frames were sent."""
+    sent = []
+    while peer.now < until:
+        if peer.now < silent_at:
+            noise = random.Random(peer.now).choices("abcdefghijklmnopqrstuvwxyz0123456789", k=3_000)
+            peer.transport.set_current(Note("".join(noise)), now=peer.now, fresh_bytes=3_000)
+        sent += [each[0] for each in peer.listen(until=peer.now + 1)]
+    return sorted(set(sent))
+
+
+@pytest.mark.parametrize("into_interval_ms", [2, 20, 30])
+def test_what_a_silent_program_last_said_to_a_key_does_not_wait_for_its_turn(into_interval_ms: int) -> None:
+    peer = _connected(mosh.COLLECT_MS["server"], rtt_ms=100)
+    *_, last = _flood(peer, until=1_300, silent_at=2_000)
+    typed_at = last + 50 + into_interval_ms
+    _flood(peer, until=typed_at, silent_at=2_000)
+    peer.transport.sender.expect_answer(typed_at)
+    silent_at = typed_at + 5
+    assert _flood(peer, until=typed_at + 40, silent_at=silent_at)[0] == silent_at - 1 + mosh.COLLECT_MS["server"]
+
+
+def test_answers_go_ahead_of_their_turn_once_per_round_trip() -> None:
+    """A program that paints the screen for every key, and keys that repeat."""
+    sent = []
+    peer = _connected(mosh.COLLECT_MS["server"], rtt_ms=100)
+    while peer.now < 3_000:
+        peer.transport.sender.expect_answer(peer.now)
+        sent += _flood(peer, until=peer.now + 30, silent_at=peer.now + 1)
+    assert len(sent) < 2_000 / 50 * 1.5
+
+
+def test_a_flood_that_goes_on_after_a_key_keeps_to_its_turns() -> None:
+    peer = _connected(mosh.COLLECT_MS["server"], rtt_ms=100)
+    _flood(peer, until=1_300, silent_at=4_000)
+    peer.transport.sender.expect_answer(peer.now)
+    assert all(gap >= 50 for gap in _gaps(_flood(peer, until=2_000, silent_at=4_000)))
 
 
 def test_many_small_frames_add_up() -> None:
