@@ -4921,6 +4921,7 @@ class ClientCore:
         )
         self._started_at = now
         self._port = port
+        self.icmp_error = ""  # the newest that counts
         self._stream = self.transport.sender.current
         # the user's keys
         self._escape_key = escape_key or EscapeKey(None)
@@ -4968,6 +4969,15 @@ class ClientCore:
         """Tell the user that sending fails, unless something more important is being said."""
         if self.phase in (Phase.CONNECTING, Phase.CONNECTED) and not self._in_command:
             self.bar.set_network_error(text, now)
+
+    def note_icmp_error(self, target: Address, text: str, now: int) -> None:
+        """Tell the user what a host or router said of our datagrams to `target`, while that is the likeliest address.
+
+        Anybody on the way could have said it, so it counts only while no datagram is answered, and ends nothing.
+        """
+        if self.roaming.searching and target == self.roaming.candidates[0]:
+            self.icmp_error = text
+            self.note_network_error(f"UDP port {self._port}: {text}", now)
 
     def receive_keys(self, data: bytes, now: int) -> None:
         """Take in what the user typed, one read at a time: a long one is a paste and is not predicted."""
@@ -5196,6 +5206,7 @@ NOTICES_PER_TURN = 1_000
 # Links (nothing else tells of IPv4 routes that go with one), next hops; addresses, routes, rules of IPv4 and IPv6.
 _NETLINK_GROUPS = 0x80000001 | 0x1D0 | 0x40400  # bit n is group n + 1 of linux/rtnetlink.h
 DATAGRAMS_PER_TURN = 64  # read at most this many before everything else has its turn
+ICMP_ERRORS_PER_TURN = 64
 _ECN_CAPABLE = 0x02  # IP TOS: ECT(0), RFC 3168
 _ECN_CONGESTED = 0x03
 _LINUX_IP_RECVTOS, _LINUX_IP_MTU_DISCOVER = 13, 10  # not in Python's socket module before 3.10 and 3.12
@@ -5204,9 +5215,13 @@ _PR_SET_DUMPABLE = 4  # Linux, prctl(2)
 _IP_PKTINFO = {"linux": 8, "darwin": 26}.get(sys.platform)
 _IPV6_RECVPKTINFO = getattr(socket, "IPV6_RECVPKTINFO", None)
 _IPV6_PKTINFO = getattr(socket, "IPV6_PKTINFO", None)
+_LINUX_RECVERR = {socket.AF_INET: (socket.IPPROTO_IP, 11), socket.AF_INET6: (socket.IPPROTO_IPV6, 25)}
+_SO_EE_ORIGIN_ICMP = (2, 3)  # Linux, linux/errqueue.h: ICMP, ICMPv6
+_EXTENDED_ERROR = struct.Struct("=IBBBBII")  # errno, origin, type, code, padding, info, data: struct sock_extended_err
 _PKTINFO_4 = struct.Struct("=I4s4s")  # interface, our address, the datagram's target: struct in_pktinfo
 _PKTINFO_6 = struct.Struct("=16sI")  # the datagram's target, interface: struct in6_pktinfo
 _ANCILLARY_BYTES = socket.CMSG_SPACE(4) + socket.CMSG_SPACE(_PKTINFO_6.size)  # the largest that a datagram can bring
+_ERROR_ANCILLARY_BYTES = 256  # and more than an error can
 _IUTF8 = getattr(termios, "IUTF8", 0x4000)  # not in Python's termios module before 3.12; Linux and macOS agree
 _FAMILY_NAMES = {socket.AF_INET: "IPv4", socket.AF_INET6: "IPv6"}
 
@@ -5351,6 +5366,7 @@ class UdpSocket:
             self._set_option(socket.IPPROTO_IP, receive_tos, 1)
         if linux:
             self._set_option(socket.IPPROTO_IP, _LINUX_IP_MTU_DISCOVER, 0)  # fragment rather than refuse
+        self._hears_icmp = False
 
     def _set_option(self, level: int, option: int, value: int) -> None:
         with contextlib.suppress(OSError):  # none of them is needed to work
@@ -5372,6 +5388,30 @@ class UdpSocket:
             with contextlib.suppress(OSError):
                 self._socket.setsockopt(level, option, 1)
 
+    def hear_icmp(self) -> None:
+        """Let icmp_errors return something, where the system has a way: Linux."""
+        if sys.platform.startswith("linux"):
+            level, option = _LINUX_RECVERR[socket.AddressFamily(self.family)]
+            self._set_option(level, option, 1)
+            self._hears_icmp = True
+
+    def icmp_errors(self) -> list[tuple[Address, int]]:
+        """Return what hosts and routers have said of our datagrams since the last call: (target, errno) each.
+
+        While there are any the socket is readable, and refuses to send once.
+        """
+        found: list[tuple[Address, int]] = []
+        for _ in range(ICMP_ERRORS_PER_TURN if self._hears_icmp else 0):
+            try:
+                _data, ancillary, _flags, target = self._socket.recvmsg(1, _ERROR_ANCILLARY_BYTES, socket.MSG_ERRQUEUE)
+            except OSError:  # no more of them
+                break
+            for level, kind, value in ancillary:
+                if (level, kind) in _LINUX_RECVERR.values() and len(value) >= _EXTENDED_ERROR.size:
+                    number, origin, *_ = _EXTENDED_ERROR.unpack_from(value)
+                    found += [(target, number)] * (origin in _SO_EE_ORIGIN_ICMP)
+        return found
+
     @property
     def port(self) -> int:
         """The local port."""
@@ -5391,7 +5431,20 @@ class UdpSocket:
             except OSError as error:
                 if send_failure(error) is not SendFailure.NO_PATH:
                     raise
-        self._socket.sendto(data, tuple(address))  # the address that it should leave from may have gone
+        try:
+            self._socket.sendto(data, tuple(address))  # the address that it should leave from may have gone
+        except OSError:
+            if not self._hears_icmp:
+                raise
+            self._send_again(data, address)
+
+    def _send_again(self, data: bytes, address: Address) -> None:
+        """Send what was refused by an error that may have been an earlier datagram's."""
+        try:
+            self._socket.sendto(data, tuple(address))
+        except OSError as error:
+            if error.errno != errno.ENOBUFS:  # dropped by our own interface, which Linux tells only who hears ICMP
+                raise
 
     def receive(self) -> tuple[bytes, Address, bool] | None:
         """Return (payload, source, congestion mark) of one datagram, None if there is none."""
@@ -6564,6 +6617,7 @@ class ClientSockets:
     def open(self, family: int) -> UdpSocket:
         """Open another socket, that is, another local port. Raises OSError."""
         udp = UdpSocket(family)
+        udp.hear_icmp()
         self.all.append(udp)
         while len(self.all) > MAX_PORTS:
             self.all.pop(0).close()
@@ -6664,8 +6718,11 @@ class Client:
             roaming.found(found, now)
 
     def _receive(self, udp: UdpSocket, now: int) -> None:
+        received = udp.receive()
+        if received is None:
+            for target, number in udp.icmp_errors():
+                self._core.note_icmp_error(Candidate(udp.family, target), os.strerror(number), now)
         for _ in range(DATAGRAMS_PER_TURN):
-            received = udp.receive()
             if received is None:
                 return
             data, source, congested = received
@@ -6673,6 +6730,7 @@ class Client:
                 self._core.receive_datagram(data, Candidate(udp.family, source), now, congested)
             except PacketError as error:
                 self._core.note_bad_datagram(error, now)
+            received = udp.receive()
 
     def _send(self, now: int) -> None:
         core = self._core
@@ -6768,7 +6826,8 @@ def run_client(
         client.close()
     if core.is_connecting:
         places = " or ".join(f"{candidate}:{port}" for candidate in candidates)
-        print(_NO_ANSWER.format(places=places, port=port), file=sys.stderr)
+        instead = f', but "{core.icmp_error}"' if core.icmp_error else ""
+        print(_NO_ANSWER.format(places=places, port=port, instead=instead), file=sys.stderr)
     elif not core.transport.clean:
         print(_UNCLEAN, file=sys.stderr)
     write_all(1, b"[mosh is exiting.]\n")
@@ -6777,8 +6836,8 @@ def run_client(
 
 _NO_ANSWER = """
 mosh did not make a successful connection to {places}.
-No answer came on UDP port {port}. The usual causes:
-  1. A firewall at the server drops UDP: open ports 60001-60999 there, or
+No answer came on UDP port {port}{instead}. The usual causes:
+  1. A firewall at the server keeps UDP out: open ports 60001-60999 there, or
      choose one that is open with -p PORT.
   2. The network that you are on lets no UDP out: try another one.
   3. The server is behind a router or jump host that passes only ssh's port

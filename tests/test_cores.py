@@ -389,6 +389,23 @@ def test_a_network_error_does_not_hide_what_the_user_asked_for(sim: Simulation) 
     assert sim.client.seen.lines[0].startswith("mosh: Commands: ")
 
 
+def test_what_a_host_says_of_our_datagrams_is_told_while_none_is_answered(sim: Simulation) -> None:
+    core = sim.client.core
+    core.note_icmp_error(SERVER_ADDRESS, "Connection refused", sim.now)
+    sim.client.take_turn()
+    assert sim.client.seen == sim.client.screen  # an answer has come since: whoever says so lies
+    sim.blackout(ms=60_000)
+    sim.client.type("x")
+    sim.run(ms=2_000)
+    core.note_icmp_error(NEW_ADDRESS, "Connection refused", sim.now)  # not where we mostly send
+    sim.client.take_turn()
+    assert sim.client.seen.lines[0] == sim.client.screen.lines[0]
+    core.note_icmp_error(SERVER_ADDRESS, "Connection refused", sim.now)
+    sim.client.take_turn()
+    assert sim.client.seen.lines[0].startswith("mosh: UDP port 60001: Connection refused")
+    assert core.phase is Phase.CONNECTED
+
+
 @pytest.mark.parametrize("reason", ["Exiting...", "Signal received, shutting down..."])
 def test_a_client_that_leaves_says_why(sim: Simulation, reason: str) -> None:
     sim.client.core.start_shutdown(reason, sim.now)

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 import pty
+import select
 import signal
 import socket
 import struct
@@ -117,6 +118,29 @@ def test_a_port_in_use_raises(ends: tuple[mosh.UdpSocket, mosh.UdpSocket, str], 
     with pytest.raises(OSError):
         udp.bind(place[1], ends[0].port)
     udp.close()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells whose datagrams were refused")
+def test_a_closed_port_is_told_and_the_socket_goes_on(place: tuple[int, str]) -> None:
+    family, host = place
+    udp, gone, other = (mosh.UdpSocket(family) for _ in range(3))
+    udp.hear_icmp()
+    for each in (gone, other):
+        each.bind(host, 0)
+    closed = (host, gone.port, *(0, 0)[: 2 * (family == socket.AF_INET6)])
+    gone.close()
+    for datagram in (b"1", b"2", b"3"):  # each but the first meets the error of the one before
+        udp.send(datagram, closed)
+        assert select.select([udp], [], [], 5)[0]
+    udp.send(b"for somebody else", (host, other.port))
+    assert select.select([other], [], [], 5)[0]
+    received = other.receive()
+    assert received is not None and received[0] == b"for somebody else"
+    assert udp.receive() is None
+    assert set(udp.icmp_errors()) == {(closed, errno.ECONNREFUSED)}
+    assert udp.icmp_errors() == [] and not select.select([udp], [], [], 0)[0]
+    udp.close()
+    other.close()
 
 
 @pytest.mark.parametrize(("mark", "congested"), [(0, False), (1, False), (2, False), (3, True), (0xFF, True)])
