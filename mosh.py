@@ -176,9 +176,6 @@ class UsageError(MoshError):
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # wire types
 _FIXED_SIZE = {_FIXED64: 8, _FIXED32: 4}
 _VARINT_LIMIT_BYTES = 10
-_ZLIB_HEADER = b"\x78\x9c"  # deflate, a window of 32 KB, the usual effort
-_DEFLATE_LOOKAHEAD_BYTES = 262  # of its window deflate keeps free: the longest match and a bit
-_DEFLATE_BLOCK_BITS = 6  # at memory level n a block holds 2**(n + 6) symbols
 _U64 = 2**64 - 1
 
 
@@ -230,15 +227,8 @@ def decode_fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
 
 
 def deflate(data: bytes) -> bytes:
-    """Return `data` as one zlib stream (RFC 1950), the same as zlib.compress does if there is not much of it.
-
-    That sets 256 KB up for each stream, which takes longer than to compress what mosh mostly has to say. A window and a
-    block that just hold all of `data` serve as well; the header promises to look no further back than 32 KB.
-    """
-    window_bits = min(max(9, (len(data) + _DEFLATE_LOOKAHEAD_BYTES).bit_length()), zlib.MAX_WBITS)
-    memory_level = min(max(1, len(data).bit_length() - _DEFLATE_BLOCK_BITS), zlib.DEF_MEM_LEVEL)
-    stream = zlib.compressobj(wbits=-window_bits, memLevel=memory_level)  # negative: without header and checksum
-    return _ZLIB_HEADER + stream.compress(data) + stream.flush() + zlib.adler32(data).to_bytes(4, "big")
+    """Return `data` as one zlib stream (RFC 1950)."""
+    return zlib.compress(data)
 
 
 def inflate(data: bytes) -> bytes:
