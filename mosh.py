@@ -947,8 +947,8 @@ class FragmentAssembly:
 # echo is next to none. So here an instruction is a debt, paid off at PACING_BYTES per interval, and the next one waits
 # for the part of the interval that the debt is of PACING_BYTES: a full datagram costs the whole interval, a frame at
 # least half of it, an ack or a key hardly anything. What goes out in an interval stays below PACING_BYTES and one
-# instruction, which is about what stock may send. At most once per round trip one goes ahead of its turn: if the user
-# has typed something and the program has fallen silent, as after Ctrl-C in a flood, that is the answer he waits for.
+# instruction, which is about what stock may send. One in two intervals may go ahead of its turn: if the user has typed
+# something and the program has fallen silent since, as after Ctrl-C in a flood, that is the answer he waits for.
 #
 # The fragments of a large instruction would be lost together if they met a policer's bucket at once. Those beyond
 # BURST_DATAGRAMS are spread over the frame interval, each sealed when it leaves. What comes up meanwhile waits for the
