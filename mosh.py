@@ -176,9 +176,6 @@ class UsageError(MoshError):
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # wire types
 _FIXED_SIZE = {_FIXED64: 8, _FIXED32: 4}
 _VARINT_LIMIT_BYTES = 10
-_ZLIB_HEADER = b"\x78\x9c"  # deflate, a window of 32 KB, the usual effort
-_DEFLATE_LOOKAHEAD_BYTES = 262  # of its window deflate keeps free: the longest match and a bit
-_DEFLATE_BLOCK_BITS = 6  # at memory level n a block holds 2**(n + 6) symbols
 _U64 = 2**64 - 1
 
 
@@ -230,15 +227,8 @@ def decode_fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
 
 
 def deflate(data: bytes) -> bytes:
-    """Return `data` as one zlib stream (RFC 1950), the same as zlib.compress does if there is not much of it.
-
-    That sets 256 KB up for each stream, which takes longer than to compress what mosh mostly has to say. A window and a
-    block that just hold all of `data` serve as well; the header promises to look no further back than 32 KB.
-    """
-    window_bits = min(max(9, (len(data) + _DEFLATE_LOOKAHEAD_BYTES).bit_length()), zlib.MAX_WBITS)
-    memory_level = min(max(1, len(data).bit_length() - _DEFLATE_BLOCK_BITS), zlib.DEF_MEM_LEVEL)
-    stream = zlib.compressobj(wbits=-window_bits, memLevel=memory_level)  # negative: without header and checksum
-    return _ZLIB_HEADER + stream.compress(data) + stream.flush() + zlib.adler32(data).to_bytes(4, "big")
+    """Return `data` as one zlib stream (RFC 1950)."""
+    return zlib.compress(data)
 
 
 def inflate(data: bytes) -> bytes:
@@ -695,6 +685,7 @@ class DatagramLayer:
         # timestamps
         self._saved_timestamp: int | None = None
         self._saved_at = 0
+        self.unprompted = False  # the peer had not heard us for TIMESTAMP_HOLD_MS when it sent its newest datagram
         # port hopping
         self._last_port_choice_at = now
         self.last_round_trip_at: int | None = None  # when a state known to be acknowledged was sent
@@ -737,7 +728,8 @@ class DatagramLayer:
         if timestamp != NO_TIMESTAMP:
             self._saved_timestamp = (timestamp - CONGESTION_PENALTY_MS * congested) % 0x10000
             self._saved_at = now
-        if reply != NO_TIMESTAMP:
+        self.unprompted = reply == NO_TIMESTAMP
+        if not self.unprompted:
             self.round_trip.observe((_timestamp(now) - reply) % 0x10000)
 
     # -- bytes out
@@ -955,8 +947,8 @@ class FragmentAssembly:
 # echo is next to none. So here an instruction is a debt, paid off at PACING_BYTES per interval, and the next one waits
 # for the part of the interval that the debt is of PACING_BYTES: a full datagram costs the whole interval, a frame at
 # least half of it, an ack or a key hardly anything. What goes out in an interval stays below PACING_BYTES and one
-# instruction, which is about what stock may send. Once per round trip one goes ahead of its turn: if the user has typed
-# something and the program has been silent since, as after Ctrl-C in a flood, this is the answer that he waits for.
+# instruction, which is about what stock may send. One in two intervals may go ahead of its turn: if the user has typed
+# something and the program has fallen silent since, as after Ctrl-C in a flood, that is the answer he waits for.
 #
 # The fragments of a large instruction would be lost together if they met a policer's bucket at once. Those beyond
 # BURST_DATAGRAMS are spread over the frame interval, each sealed when it leaves. What comes up meanwhile waits for the
@@ -969,18 +961,21 @@ class FragmentAssembly:
 # - A newer datagram of the peer, an RTO after ours, that does not acknowledge it: ours was lost and goes again at once.
 #   If it says what we know, it was our ack that was lost, and that is said again.
 # - Gaps in the peer's sequence numbers: the path is lossy. Then a small diff goes twice in quick succession and again
-#   after each RTO. At RTT 100 ms with 29 % loss each way a key takes 138 ms to its echo in the mean, 216 with stock's
-#   rules, for 1.3 times the bytes (tests/bench_simulated.py). A third copy makes it 125 ms for 1.8 times the bytes.
+#   after each RTO. At RTT 100 ms with 29 % loss each way a key takes 128 ms to its echo in the mean, 220 with stock's
+#   rules, for 1.3 times the bytes (tests/bench_simulated.py). A third copy makes it 117 ms for 1.8 times the bytes.
 # - Nothing: as long as no ack comes, the interval grows to a third of the wait, up to ACK_INTERVAL_MS. It stretches
 #   the pacing as well, so frames to a peer that is out of reach become rare, and keys, which are cheap, do not. The
 #   first datagram heard again ends it: what the peer lacks is sent at once, see above.
 #
-# Heartbeats. Who has nothing to say says so every ACK_INTERVAL_MS. If the peer's word comes first, ours is said at once
-# and the next one left to the peer as well: then a processor, or a radio, wakes once for both of them and not twice.
+# Heartbeats. Who has nothing to say says so every ACK_INTERVAL_MS. If the peer's heartbeat comes first, ours goes at
+# once and the next one is left to the peer as well: then a processor, or a radio, wakes once for both of them and not
+# twice. An answer is never answered: however late it comes, it echoes our timestamp. A heartbeat that nothing of ours
+# has prompted comes when our timestamp is too old to be echoed (section 5).
 
 COLLECT_MS = {"server": 7, "client": 0}  # changes are gathered this long; stock's 8 and 1, less what Python takes
 QUIET_MS = 2  # and a few bytes, such as an echo, until so long no more of them have come
 ACK_INTERVAL_MS = 3_000  # an idle peer still hears from us this often, which keeps NAT mappings open
+FOLLOW_MS = ACK_INTERVAL_MS // 2  # who has been silent so long answers a heartbeat; of two out of step, one always has
 ACK_DELAY_MS = 100  # an ack waits this long for data to ride on; also slack on top of the RTO, and for a heartbeat
 BACKOFF = 3  # while nothing is acknowledged, the interval grows to this part of the wait, ACK_INTERVAL_MS at most
 assert COLLECT_MS["client"] <= QUIET_MS < COLLECT_MS["server"]
@@ -1068,8 +1063,7 @@ class Sender(Generic[Local]):
         self._fresh_at = now  # when the newest of them came
         self._unacked_since: int | None = None  # when a change was first sent that no ack has answered in any part
         self._typed_at: int | None = None  # when the peer's user typed something whose answer has not been sent
-        self._answered_at = now - round_trip.rto_ms  # when an answer last went ahead of its turn
-        self._heartbeat_ms = ACK_INTERVAL_MS  # until the next one, from the last instruction on
+        self._answered_at = now  # when an answer was last sent, be it ahead of its turn or not
         self._held_until = now  # a diff was too large for an address that is not proven, and a probe has gone instead
         self._resend_now = False  # the peer has been heard, and lacks what it should have by now
         self._last_diff_bytes = 0
@@ -1265,8 +1259,7 @@ class Sender(Generic[Local]):
             self.shutdown_tries += 1
         if diff and self._unacked_since is None:
             self._unacked_since = now
-        self._heartbeat_ms = ACK_INTERVAL_MS + (ACK_DELAY_MS if self._follows else 0)
-        self._next_ack_at = now + self._heartbeat_ms
+        self._next_ack_at = now + ACK_INTERVAL_MS + (ACK_DELAY_MS if self._follows else 0)
         self._next_send_at = self._changed_at = None
         self.data_ack_due = self._resend_now = self.hurried = self._follows = False
         return Instruction(base.num, num, self.ack_num, self.sent[0].num, diff)
@@ -1281,13 +1274,16 @@ class Sender(Generic[Local]):
                 self._unacked_since = None if self.sent[-1].state == entry.state else now
                 return
 
-    def peer_heard(self, instruction: Instruction, now: int) -> None:
-        """The peer's newest instruction is here: what it should know by now and does not has been lost."""
+    def peer_heard(self, instruction: Instruction, unprompted: bool, now: int) -> None:
+        """The peer's newest instruction is here: what it should know by now and does not has been lost.
+
+        `unprompted`: see DatagramLayer.
+        """
         if now - self.sent[-1].at >= self._round_trip.rto_ms:
             self.resend()
             self._unacked_since = self._unacked_since and now  # it can be reached again: what follows need not wait
             self.data_ack_due = self.data_ack_due or bool(instruction.diff)  # it may be a repeat: our ack was lost
-        heartbeat = not instruction.diff and now - self.sent[-1].at >= 2 * self._round_trip.srtt_ms + ACK_DELAY_MS
+        heartbeat = unprompted and not instruction.diff and now - self.sent[-1].at >= FOLLOW_MS
         if heartbeat and self.is_idle and self.current == self.sent[0].state:
             self._follows, self._next_ack_at = True, now
 
@@ -1301,8 +1297,8 @@ class Sender(Generic[Local]):
 
     def train_left(self, now: int) -> None:
         """The last datagram of the last instruction has been sent only now: an ack cannot come sooner."""
+        self._next_ack_at += now - self.sent[-1].at
         self.sent[-1].at = now
-        self._next_ack_at = now + self._heartbeat_ms
 
 
 class Receiver(Generic[Remote]):
@@ -1383,7 +1379,7 @@ class Transport(Generic[Local, Remote]):
             if instruction is not None:
                 self._receive_instruction(instruction, now)
                 if self.datagrams.last_heard_at == now:
-                    self.sender.peer_heard(instruction, now)
+                    self.sender.peer_heard(instruction, self.datagrams.unprompted, now)
         except PacketError:
             self.stats["dropped"] += 1
             raise
@@ -4525,7 +4521,7 @@ COPY_MS = 2_500  # else the other candidates get copies this seldom, that is, wi
 COPY_DATAGRAMS = 8  # of an instruction; one is enough to move the server
 RETRY_MS, RETRY_LIMIT_MS = 500, 60_000  # how soon to try again where the system knows no path, and for how long
 LOOKUP_MS = (1_000, 60_000)  # from the start of a search to the first look at the name; doubles up to the second
-assert COPY_MS < ACK_INTERVAL_MS < 2 * ACK_INTERVAL_MS < SILENT_MS
+assert COPY_MS < ACK_INTERVAL_MS and 2 * (ACK_INTERVAL_MS + ACK_DELAY_MS) < SILENT_MS
 
 TYPED_LIMIT_EVENTS = 1 << 20  # typed or pasted but not acknowledged; beyond it the client's shell stops reading
 INPUT_LIMIT_BYTES = 4 << 20  # typed ahead for a program that does not read; a kernel's tty drops keys far earlier

@@ -799,8 +799,11 @@ class StockSender(mosh.Sender[Any]):
         if self.shutdown_at is not None or self.ack_num == mosh.LAST_STATE_NUM:
             self._next_ack_at = last.at + interval
 
+    def peer_heard(self, instruction: mosh.Instruction, unprompted: bool, now: int) -> None:
+        """Stock does not look for what is lost, and keeps to its own heartbeats."""
+
     def resend(self) -> None:
-        """Stock does not look for what is lost."""
+        """Nor does it repeat at once what it has to cut smaller."""
 
 
 def use_stock_timers(transport: mosh.Transport[Any, Any]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -90,6 +90,10 @@ class Peer:
         datagram = self._layer.seal(fragment.encode(), self.now - lag_ms)
         self.transport.receive_datagram(datagram, PEER, self.now)
         return datagram
+
+    def forget_timestamp(self) -> None:
+        """As if what has been heard last had come long ago: the next datagram echoes nothing."""
+        self._layer._saved_timestamp = None
 
     def hear(self) -> list[tuple[int, int, int, int, str]]:
         """Return what is sent right now: (old_num, new_num, ack_num, throwaway_num, diff)."""
@@ -200,14 +204,13 @@ def test_a_heartbeat_is_answered_by_ours_and_the_next_one_left_to_the_peer() -> 
     assert [at for at, *_ in late] == [16_600, 19_600, 22_600, 25_600, 28_600]
 
 
-@pytest.mark.parametrize("phase_ms", range(0, 3_000, 250))
-def test_two_idle_ends_wake_once_for_both_heartbeats(phase_ms: int) -> None:
-    """Whenever either has last said something: one of them leads, and neither sends more often than every 3 s."""
+def _idle_ends(key_at: int, delay_ms: Callable[[int], int], until: int) -> list[list[int]]:
+    """Connect two ends by a path with this delay and type one key. Returns when each end sent something."""
     ends = [_transport(TO_SERVER), _transport(TO_CLIENT, connected=False)]
     on_the_way: list[tuple[int, int, bytes]] = []  # arrives at, at which end, datagram
     sent_at: list[list[int]] = [[], []]
-    key_at, now = 10_000 + phase_ms, 0
-    while now <= 60_000:
+    now = 0
+    while now <= until:
         for each in [each for each in on_the_way if each[0] <= now]:
             on_the_way.remove(each)
             ends[each[1]].receive_datagram(each[2], PEER, now)
@@ -215,13 +218,45 @@ def test_two_idle_ends_wake_once_for_both_heartbeats(phase_ms: int) -> None:
             ends[0].set_current(Note("a key"), now)
         for number, end in enumerate(ends):
             datagrams = end.datagrams_to_send(now)
-            on_the_way += [(now + 50, 1 - number, datagram) for datagram in datagrams]
+            on_the_way += [(now + delay_ms(now), 1 - number, datagram) for datagram in datagrams]
             sent_at[number] += [now] * len(datagrams)
         deadlines = [end.next_timeout() or key_at for end in ends] + [at for at, *_ in on_the_way]
         now = min(deadline for deadline in (*deadlines, key_at) if deadline > now)
+    return sent_at
+
+
+@pytest.mark.parametrize("phase_ms", range(0, 3_000, 250))
+def test_two_idle_ends_wake_once_for_both_heartbeats(phase_ms: int) -> None:
+    """Whenever either has last said something: one of them leads, and neither sends more often than every 3 s."""
+    sent_at = _idle_ends(10_000 + phase_ms, lambda _: 50, until=60_000)
     first, second = ([at for at in times if at > 30_000][:9] for times in sent_at)
     assert _gaps(first) == _gaps(second) == [3_000] * 8
     assert 50 in ((first[0] - second[0]) % 3_000, (second[0] - first[0]) % 3_000)
+
+
+@pytest.mark.parametrize(
+    ("slow_ms", "stays_ms"), [(500, 4_000), (1_000, 4_000), (1_000, 10_000), (2_600, 999_999), (4_000, 999_999)]
+)
+@pytest.mark.parametrize("phase_ms", [0, 700, 1_500])
+def test_no_answer_is_answered_however_slow_the_path_becomes(slow_ms: int, stays_ms: int, phase_ms: int) -> None:
+    """On the last two, a round trip takes longer than what is taken for one."""
+
+    def delay_ms(now: int) -> int:
+        return slow_ms if now > 40_000 and (now - 40_000) // stays_ms % 2 == 0 else 10
+
+    for sent_at in _idle_ends(10_000 + phase_ms, delay_ms, until=240_000):
+        times = [at for at in sent_at if at > 30_000]
+        assert len(times) <= 210_000 / 3_000 + 1 and max(_gaps(times)) <= 3_100
+
+
+def test_a_peer_that_sends_heartbeats_without_end_gets_few() -> None:
+    peer = _connected()
+    answered = []
+    for num in range(1, 200):
+        peer.say(num, num + 1, "", ack=1)
+        answered += [at for at, *_ in peer.listen(until=peer.now + 50)]
+        peer.forget_timestamp()
+    assert all(gap >= mosh.FOLLOW_MS for gap in _gaps(answered))
 
 
 def test_an_ack_rides_on_data() -> None:
