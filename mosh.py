@@ -5963,9 +5963,9 @@ def bind_server(options: ServerOptions) -> UdpSocket:
     if options.bind_address and not (options.by_ssh and sys.platform.startswith("linux")):
         family = socket.AF_INET6 if ":" in options.bind_address else socket.AF_INET
         places.insert(0, (family, options.bind_address))
-    reason: OSError | None = None
+    reason = ""
     for family, host in places:
-        if not _is_numeric(host, family):
+        if not is_numeric(host, family):
             print(f"Error binding to IP {host}: Bad IP address ({host}); trying any address", file=sys.stderr)
             continue
         for port in range(options.ports[0], options.ports[1] + 1):
@@ -5977,16 +5977,16 @@ def bind_server(options: ServerOptions) -> UdpSocket:
             except OSError as error:
                 if udp is not None:
                     udp.close()
-                reason = error
+                reason = error.strerror or str(error)
                 if error.errno != errno.EADDRINUSE:
                     break  # this place is no good whatever the port
         if host == options.bind_address:
             print(f"Error binding to IP {host}: {reason}; trying any address", file=sys.stderr)
     ports = "-".join(map(str, sorted(set(options.ports))))
-    raise BootstrapError(f"no UDP port in {ports} can be bound: {reason}")
+    raise BootstrapError(f"no UDP port in {ports} can be bound: {reason}; -p chooses others")
 
 
-def _is_numeric(host: str, family: int) -> bool:
+def is_numeric(host: str, family: int) -> bool:
     """Return whether `host` is an address and not a name, for which a server must not wait."""
     try:
         # bytes, since for a str it would load the codec of international names: 1 ms
@@ -7800,6 +7800,9 @@ def _parse_wrapper(words: Sequence[str]) -> argparse.Namespace:
         arguments.host, *arguments.command = command
     if arguments.host.startswith("-"):
         raise UsageError(f"a host cannot begin with a dash ({arguments.host})")
+    user, at, name = arguments.host.rpartition("@")
+    if not name or (at and not user):
+        raise UsageError(f"user and host are written user@host, not {arguments.host}")
     return arguments
 
 
@@ -7820,6 +7823,10 @@ def _login_options(arguments: argparse.Namespace) -> LoginOptions:
     ):
         if value not in allowed:
             raise UsageError(f"Unknown parameter {value} for {name}. One of: {', '.join(allowed)}")
+    where = options.bind_server
+    address = where.partition("%")[0]  # a scope behind it is the server's, and need not exist here
+    if where.lower() not in ("ssh", "any") and not is_numeric(address, socket.AF_UNSPEC):
+        raise UsageError(f"--bind-server can be ssh, any or a numeric address, not {where}")
     try:
         options.ssh = shlex.split(arguments.ssh) or ["ssh"]
     except ValueError as error:
