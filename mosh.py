@@ -3920,7 +3920,6 @@ STRONG_GLITCH_MS = 5_000  # and for this long underlines them
 GLITCH_CURE_COUNT = 10  # quick confirmations until that ends
 GLITCH_CURE_INTERVAL_MS = 150  # counted at most this often
 BULK_READ_BYTES = 100  # a longer read is a paste, for which nothing is predicted
-PREDICTION_WAKE_MS = 50
 
 NEVER = LAST_STATE_NUM  # as an epoch or a state number: not before the end of time
 _BLANKS = ("", " ", "\xa0")
@@ -4064,9 +4063,18 @@ class PredictionEngine:
         """Whether there may be predictions that are not settled."""
         return bool(self.cursors or self._live_rows)
 
-    def wake_ms(self) -> int | None:
-        """Return how soon the predictions want to be looked at again, None if there is no need."""
-        return PREDICTION_WAKE_MS if self.is_waiting and not (self.glitch and self.underlines) else None
+    def next_timeout(self, now: int) -> int | None:
+        """Return when a prediction that is not settled by then makes a difference as a glitch, as seen at `now`, or None.
+
+        Nothing else about predictions is a matter of time, so they need not be looked at every 50 ms, as stock does.
+        """
+        if self.glitch and self.underlines:
+            return None
+        if self.glitch > GLITCH_CURE_COUNT:
+            return now + 1  # the next look underlines them
+        made_at = {cell.made_at for row in self._live_rows for cell in self.rows[row] if cell.active}
+        deadlines = [at + limit_ms for at in made_at for limit_ms in (GLITCH_MS, STRONG_GLITCH_MS)]
+        return min((deadline for deadline in deadlines if deadline > now), default=None)
 
     def codes_in_use(self) -> Iterator[str]:
         """See Codebook.register."""
@@ -5109,10 +5117,8 @@ class ClientCore:
     def next_timeout(self) -> int:
         """Return when datagrams_to_send and frame_to_draw have to be asked next."""
         deadlines: list[int] = [self.bar.next_timeout(self._drawn_at)]
-        deadlines += [at for at in (self.transport.next_timeout(), self.roaming.next_timeout()) if at is not None]
-        wake_ms = self.engine.wake_ms()
-        if wake_ms is not None:
-            deadlines.append(self._drawn_at + wake_ms)
+        asked = self.transport.next_timeout(), self.roaming.next_timeout(), self.engine.next_timeout(self._drawn_at)
+        deadlines += [deadline for deadline in asked if deadline is not None]
         if self.is_connecting:
             deadlines.append(max(self._started_at + CONNECT_NOTICE_MS + 1, self._drawn_at + CONNECT_NOTICE_MS))
         return min(deadlines)

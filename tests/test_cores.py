@@ -1149,3 +1149,33 @@ def test_ctrl_c_shows_the_prompt_within_a_round_trip_wherever_in_the_flood_it_fa
     sim.client.type("\x03")
     took_ms = sim.run_until(lambda: "=#=" in sim.client.screen.text, limit_ms=1_000)
     assert took_ms < 2 * sim.link.delay_ms + 20 + mosh.COLLECT_MS["server"]  # 20: a frame takes so long on that link
+
+
+def test_predictions_of_a_fast_link_that_fails_show_after_250_ms_and_are_underlined_after_5_s(sim: Simulation) -> None:
+    sim.client.type("a")
+    sim.run(ms=1_000)
+    sim.blackout(ms=60_000)
+    sim.client.type("b")
+    assert sim.run_until(lambda: "ab" in sim.client.seen.text, limit_ms=1_000) == mosh.GLITCH_MS
+    row = sim.client.core.shown.cursor_row
+    col = sim.client.core.shown.cursor_col - 1
+
+    def underlined() -> bool:
+        return bool(sim.client.core.shown.cell(row, col).rendition.attributes & mosh.UNDERLINED)
+
+    assert not underlined()
+    assert sim.run_until(underlined, limit_ms=10_000) == mosh.STRONG_GLITCH_MS - mosh.GLITCH_MS + 1
+
+
+def test_predictions_that_wait_wake_nobody_but_to_show_them() -> None:
+    client = _client()
+    engine = client.engine
+    client.receive_keys(b"a", now=1_000)
+    client.frame_to_draw(now=1_000)
+    assert engine.is_waiting and engine.next_timeout(1_000) == 1_000 + mosh.GLITCH_MS
+    client.receive_keys(b"b", now=1_100)
+    client.frame_to_draw(now=1_100)
+    glitches = [at + ms for ms in (mosh.GLITCH_MS, mosh.STRONG_GLITCH_MS) for at in (1_000, 1_100)]
+    assert [engine.next_timeout(at) for at in (1_100, *glitches)] == [*glitches, None]
+    engine.glitch, engine.underlines = 1, True
+    assert engine.next_timeout(1_100) is None
