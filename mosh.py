@@ -4064,7 +4064,7 @@ class PredictionEngine:
         return bool(self.cursors or self._live_rows)
 
     def next_timeout(self, now: int) -> int | None:
-        """Return when a prediction that is not settled by then makes a difference as a glitch, as seen at `now`, or None.
+        """Return when a prediction not settled by then makes a difference as a glitch, as seen at `now`, or None.
 
         Nothing else about predictions is a matter of time, so they need not be looked at every 50 ms, as stock does.
         """
