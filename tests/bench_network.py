@@ -207,7 +207,10 @@ def stop_flood(session: Session, flood: str, phase: float) -> float:
     client.seen = ""
     pressed_at = time.monotonic()
     client.type("\x03")
-    shown_at = client.wait_for(PROMPT, PROMPT_SECONDS)
+    try:
+        shown_at = client.wait_for(PROMPT, PROMPT_SECONDS)
+    except TimeoutError as error:
+        raise TimeoutError(f"{session.pair}, Ctrl-C in `{flood}`, {session.traffic()} sent: {error}") from error
     client.drain(0.5)
     return 1_000 * (shown_at - pressed_at)
 
