@@ -6104,7 +6104,8 @@ class Child:
 
 def _run_child(options: ServerOptions, core_limit: tuple[int, int] | None, gate: int) -> None:
     """Become the user's program. Runs in the child; does not return unless it fails."""
-    for number in (signal.SIGHUP, signal.SIGPIPE, signal.SIGINT, signal.SIGTERM, signal.SIGXFSZ):
+    # What the login ignored stays ignored across exec: in a server that a script started in the background, Ctrl-C too.
+    for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     modes = termios.tcgetattr(0)

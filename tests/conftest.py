@@ -30,6 +30,7 @@ SYSTEM_PATH = os.pathsep.join((os.environ.get("PATH", os.defpath), "/usr/local/s
 
 def pytest_configure(config: pytest.Config) -> None:
     """Declare the markers, so that a misspelt one is an error under --strict-markers."""
+    peers.stop_ignoring_signals()
     config.addinivalue_line("markers", "live: drives real programs over loopback; leave out with -m 'not live'")
     config.addinivalue_line("markers", "long: waits out a real timeout of many seconds; leave out with -m 'not long'")
 

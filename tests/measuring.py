@@ -59,6 +59,7 @@ def require_peers(*programs: str) -> None:
 
 def run_main(main: Callable[[], None]) -> None:
     """Run a benchmark; what stops it is told in one line, and the exit status is 1."""
+    peers.stop_ignoring_signals()
     try:
         main()
     except KeyboardInterrupt:

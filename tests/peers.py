@@ -148,6 +148,17 @@ class Server:
         return f"Server(port={self.port}, pid={self.pid})"     # security: the key stays out of test reports
 
 
+def stop_ignoring_signals() -> None:
+    """Let Ctrl-C act in the servers that are started from now on.
+
+    What a shell without job control starts in the background ignores SIGINT and SIGQUIT, and a stock server hands that
+    on to its program.
+    """
+    for number, action in ((signal.SIGINT, signal.default_int_handler), (signal.SIGQUIT, signal.SIG_DFL)):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, action)
+
+
 def start_server(
     kind: Kind,
     env: Mapping[str, str],

@@ -449,9 +449,16 @@ def test_the_program_finds_its_environment_and_folder(start: Start, home: Path) 
     assert f"xterm-256color|1|{home}|{home}|||C.UTF-8" in shown and shown.count(str(home)) == 3
 
 
+def _ignore_signals() -> None:
+    for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGTSTP, signal.SIGHUP, signal.SIGCHLD, signal.SIGWINCH):
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGUSR2])
+
+
+@needs_proc
 def test_the_program_finds_its_signals_as_a_login_would(start: Start) -> None:
-    """Ignored signals survive exec; a program must not inherit what a server or a Python ignores."""
-    server = start(command=_shell("grep -E '^Sig(Ign|Blk)' /proc/self/status"))[1]
+    """Ignored signals survive exec; a program must not inherit what a script, a server or a Python ignores."""
+    server = start(command=_shell("grep -E '^Sig(Ign|Blk)' /proc/self/status"), before=_ignore_signals)[1]
     with Session(server) as session:
         shown = session.wait_for("all said")
     reserved = 0b11 << 31  # signals 32 and 33, which the C library keeps to itself, are as they were before all of us
