@@ -8061,7 +8061,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         with contextlib.suppress(OSError):
             print(f"mosh: {error.strerror or error}", file=sys.stderr)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what could not be written must not fail again at exit
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what could not be written must not fail again at exit
         return 1
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
