@@ -3999,7 +3999,7 @@ class CellPrediction:
         if not self.active or self.unknown:
             self.unknown = False
             self.olds = [there]
-        elif self.new not in self.olds or there not in self.olds:
+        else:
             self.remember(self.new)
             self.remember(there)
 
@@ -4320,9 +4320,9 @@ class PredictionEngine:
         self._touch(cursor.col - 1)
         if self.overwrite:
             cell = cells[cursor.col]
-            text, attr = screen.code_at(screen.cursor_row, screen.cursor_col)
-            cell.recycle((text, attr))
-            cell.new = (self._same_shape(text, " "), attr)
+            there = screen.code_at(screen.cursor_row, screen.cursor_col)
+            cell.recycle(there)
+            cell.new = (" ", there[1])
             self._arm((cell,))
             return
         shown = screen.codes_of(row)
@@ -4352,7 +4352,7 @@ class PredictionEngine:
         cell.recycle(shown[col])
         self._arm((cell,) if self.overwrite else cells[col:])
         attr = self._attr_for_typing(row, col, cells)
-        cell.new = (self._same_shape(cell.new[0], char), attr)
+        cell.new = (self._book.cell_code(char, wide=False, fallback=False), attr)
         self._touch(col)
         if col < width - 1:
             self._touch(col + 1)
@@ -4367,10 +4367,6 @@ class PredictionEngine:
         left = cells[col - 1]
         known = left.active and not left.unknown
         return without_wrap(left.new[1] if known else self._screen.code_at(row, col - 1)[1])
-
-    def _same_shape(self, text: str, contents: str) -> str:
-        """Return the code for a cell as wide and as fallback as `text`, with other contents."""
-        return self._book.cell_code(contents, self._book.is_wide(text), self._book.is_fallback(text))
 
     def _newline(self) -> None:
         cursor = self._ensure_cursor()
