@@ -1829,7 +1829,7 @@ class _CodeTable:
         for code in self.values.keys() - used:
             del self._codes[self.values.pop(code)]
         self._free = (number for number in self._numbers if chr(number) not in self.values)
-        self._sweep_at = max(_SWEEP_FROM, 2 * len(self.values))
+        self._sweep_at = min(max(_SWEEP_FROM, 2 * len(self.values)), len(self._numbers))
 
     def add(self, value: Any) -> str | None:
         """Return a new code point for `value`, None if there is none left."""
@@ -1844,8 +1844,9 @@ class _CodeTable:
 class Codebook:
     """Names renditions and clusters by single code points, for all framebuffers of a session.
 
-    A table that has doubled is swept: what no live framebuffer uses is dropped, so its size is bounded by what is on
-    the screens. Should all code points be in use, new renditions read as the default one and new clusters as U+FFFD.
+    A table that has doubled or is full is swept: what no live framebuffer uses is dropped, so its size is bounded by
+    what is on the screens. While all code points are in use, new renditions read as the default one and new clusters
+    as U+FFFD.
     """
 
     DEFAULT = "\0"  # the code of the default rendition
