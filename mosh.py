@@ -3550,18 +3550,21 @@ def _find_scroll(old: list[Row], new: list[Row]) -> tuple[int, int, int, bool]:
             at = bisect.bisect(places[row], i)
             for place in places[row][max(0, at - 1) : at + 1]:  # the nearest ones above and below
                 votes[place - i] = votes.get(place - i, 0) + _MOVE_BYTES + len(row.text)
-    best, best_gain = (0, 0, 0, False), -_SCROLL_REGION_BYTES
-    for distance in sorted(votes, key=lambda key: -votes[key])[:_SCROLL_DISTANCES]:
-        for first, end in _matching_runs(old, new, distance):
-            top, bottom = (first, end - 1 + distance) if distance > 0 else (first + distance, end - 1)
-            vacated = range(end, bottom + 1) if distance > 0 else range(top, first)
-            price = abs(distance) + sum(_most_bytes(_BLANK_ROW, new[i]) for i in vacated)
-            price += _SCROLL_BYTES if (top, bottom) == (0, len(old) - 1) else _SCROLL_REGION_BYTES
-            gain = sum(_most_bytes(old[i], new[i]) for i in range(top, bottom + 1)) - price
+    if not votes:
+        return 0, 0, 0, False
+    over_old = [0, *accumulate(map(_most_bytes, old, new))]  # what the rows above each one cost without a scroll
+    over_blank = [0, *accumulate(_most_bytes(_BLANK_ROW, row) for row in new)]  # and where it leaves empty ones
+    (top, bottom, distance), best_gain, best_price = (0, 0, 0), -_SCROLL_REGION_BYTES, 0
+    for shift in sorted(votes, key=lambda key: -votes[key])[:_SCROLL_DISTANCES]:
+        for first, end in _matching_runs(old, new, shift):
+            start, stop = min(first, first + shift), max(end, end + shift)
+            vacated = over_blank[stop] - over_blank[end] if shift > 0 else over_blank[first] - over_blank[start]
+            price = abs(shift) + vacated + (_SCROLL_BYTES if stop - start == len(old) else _SCROLL_REGION_BYTES)
+            gain = over_old[stop] - over_old[start] - price
             if gain > best_gain:
-                certain = sum(_least_bytes(old[i], new[i]) for i in range(top, bottom + 1)) > 2 * price
-                best, best_gain = (top, bottom, distance, certain), gain
-    return best
+                (top, bottom, distance), best_gain, best_price = (start, stop - 1, shift), gain, price
+    certain = sum(map(_least_bytes, old[top : bottom + 1], new[top : bottom + 1])) > 2 * best_price
+    return top, bottom, distance, certain
 
 
 def _matching_runs(old: list[Row], new: list[Row], distance: int) -> Iterator[tuple[int, int]]:
