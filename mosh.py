@@ -1601,6 +1601,11 @@ class Utf8Decoder:
     def __init__(self) -> None:
         self._pending = b""
 
+    @property
+    def may_begin_control(self) -> bool:
+        """Whether the next byte can make a C1 control of what is pending."""
+        return self._pending == b"\xc2"
+
     def decode(self, data: bytes) -> str:
         """Return the characters that `data` completes, with U+FFFD where it is malformed."""
         data, self._pending = self._pending + data, b""
@@ -2416,6 +2421,7 @@ _KEEPS_WRAP_PENDING = {"\t", "I", "Z", "g", "?h", "?l"}
 # still be on the screen. Of the others, only the pen and the bells outlive them.
 _SKIP_FROM_BYTES = 2_048  # shorter feeds are not worth the search
 _SHORT_BYTES = 64
+_SEARCH_LIMIT_BYTES = 1 << 16  # at a time: most of a search is in vain if the next sequence that leaves the row is near
 _LEAVES_ROW = {  # by their first byte: looking for that alone is ten times as fast
     b"\x1b": lazy_pattern(rb"\x1b(?!\[[0-9;]*[mKXPCDG@]|[=>]|\([0B])"),  # not SGR EL ECH DCH CUF CUB CHA ICH, no-ops
     b"\x0b": lazy_pattern(rb"\x0b"),  # VT
@@ -2453,8 +2459,11 @@ def _place_to_cut(data: bytes, start: int) -> int:
 
 
 def _end_of_lines(data: bytes, start: int) -> int:
-    """Return up to where nothing but text, line ends and sequences that stay within their row comes from `start`."""
-    end = len(data)
+    """Return up to where nothing but text, line ends and sequences that stay within their row comes from `start`.
+
+    Looks at no more than _SEARCH_LIMIT_BYTES.
+    """
+    end = min(start + _SEARCH_LIMIT_BYTES, len(data))
     for byte, pattern in _LEAVES_ROW.items():
         first = data.find(byte, start, end)
         match = pattern.search(data, first, end) if first >= 0 else None
@@ -2522,7 +2531,7 @@ class Emulator:
         self.framebuffer.codebook.sweep_if_due()
         at = 0
         while len(data) - at >= _SKIP_FROM_BYTES:
-            if self._parser.is_busy:  # let a sequence that has begun come to its end
+            if self._parser.is_busy or self._decoder.may_begin_control:  # let what has begun come to its end
                 end = _place_to_cut(data, at + 1)
             else:
                 end = _end_of_lines(data, at)
