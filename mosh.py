@@ -5027,6 +5027,8 @@ class ClientCore:
         """The user's window has a new size; each is brought to at least 1."""
         self._push((Resize(max(1, width), max(1, height)),), now)
         self.engine.reset()
+        if (width, height) == (self._shown.width, self._shown.height):
+            self.repaint()  # it has had another size meanwhile, at which the terminal may have moved or cut everything
 
     def _push(self, events: Iterable[UserEvent], now: int) -> None:
         self._stream = self._stream.with_events(events)

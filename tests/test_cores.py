@@ -618,6 +618,15 @@ def test_keys_and_resizes_keep_their_order(sim: Simulation) -> None:
     assert sim.server.program.received == b"ab" and sim.server.sizes[-1] == (71, 11)
 
 
+def test_a_window_that_gets_its_size_back_before_the_server_knows_is_drawn_anew(sim: Simulation) -> None:
+    """What a terminal makes of its contents meanwhile is its own affair; the server's screen has the old size again."""
+    sim.client.resize(WIDTH, HEIGHT // 2)
+    sim.client.terminal.feed(b"\x1b[Hmoved by the terminal")
+    sim.client.resize(WIDTH, HEIGHT)
+    sim.client.take_turn()
+    assert sim.client.seen == sim.client.screen
+
+
 @pytest.mark.parametrize(("width", "height"), [(0, 0), (0, 24), (80, 0)])
 def test_a_window_without_size_is_never_reported(width: int, height: int) -> None:
     client = _client()
