@@ -3924,7 +3924,7 @@ class CursorKeyFilter:
 # epoch and all that was predicted in it visible. So a password, never echoed, is never shown, and a full-screen program
 # costs at most one round trip before its typing is instant too. One visible prediction that is wrong drops everything.
 #
-# Predictions are made against what the user sees, the overlays included, and judged against the server's bare screen.
+# A prediction is made on the newest screen with those before it, and judged by the server's bare screen.
 
 SHOW_PREDICTIONS_MS = (20, 30)  # by send interval, about half a round trip: off at or below, on above
 UNDERLINE_MS = (50, 80)  # likewise, for underlining them
@@ -4259,12 +4259,11 @@ class PredictionEngine:
     # -- predicting
 
     def key(self, byte: int, screen: Framebuffer, now: int) -> None:
-        """Predict the effect of one byte typed, `screen` being what the user sees."""
+        """Predict the effect of one byte typed on `screen`, the newest with predictions and all. Call `cull` before."""
         if self.mode is PredictionMode.NEVER:
             return
         if self.mode is PredictionMode.EXPERIMENTAL:
             self.epoch = self.confirmed_epoch
-        self.cull(screen, now)
         if self._last_byte == 0x1B and byte == ord("O"):
             byte = ord("[")  # arrows in application cursor mode
         self._last_byte = byte
@@ -4999,12 +4998,14 @@ class ClientCore:
         if now < self._asks_terminal_until or self._cut_off_reply:
             data = self._without_reply(data)
         self._observe()
+        self.engine.cull(self.screen, now)
         if len(data) > BULK_READ_BYTES:
             self.engine.reset()
+        screen = self._predicted_screen()  # not the one drawn last: that may be older, and the bar is no text to edit
         typed = bytearray()
         for key in data:
             if len(data) <= BULK_READ_BYTES:
-                self.engine.key(key, self._shown, now)
+                self.engine.key(key, screen, now)
             if not self._take_key(key, typed, now):
                 return
         self._push(typed, now)
@@ -5102,14 +5103,19 @@ class ClientCore:
         if self._shown_is_known and wanted and wanted == self._drawn:
             return b""
         self._drawn = wanted
-        screen = self.screen.copy()
-        self.engine.apply(screen)
+        screen = self._predicted_screen()
         self.bar.draw(screen, now)
         disarm(screen, self._shown)
         prefix_titles(screen, self._title_prefix)
         frame = self._display.frame(self._shown, screen, known=self._shown_is_known)
         self._shown, self._shown_is_known = screen, True
         return frame and self._frame_marks[0] + frame + self._frame_marks[1]
+
+    def _predicted_screen(self) -> Framebuffer:
+        """Return a copy of the newest screen with the predictions that may be seen."""
+        screen = self.screen.copy()
+        self.engine.apply(screen)
+        return screen
 
     def last_frame(self, now: int) -> bytes:
         """Return the frame to leave behind: no bar, no title prefix."""

@@ -13,7 +13,11 @@ import vectors
 
 
 class EngineDriver:
-    """Runs a prediction engine over a remote terminal as the client does."""
+    """Runs a prediction engine over a remote terminal as stock's client does.
+
+    A key is predicted on the screen drawn last, by which predictions are judged just before. Our client takes a newer
+    screen for the one and the server's own for the other.
+    """
 
     def __init__(self, vector: vectors.Vector) -> None:
         self.remote = mosh.Emulator(vector["cols"], vector["rows"])
@@ -33,6 +37,7 @@ class EngineDriver:
     def type(self, keys: bytes) -> None:
         """One read of keystrokes."""
         for key in keys:
+            self.engine.cull(self.shown, self.now)
             self.engine.key(key, self.shown, self.now)
 
     def draw(self) -> None:
