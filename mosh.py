@@ -4287,10 +4287,11 @@ class PredictionEngine:
             self._backspace()
         elif function.startswith("\x1b[") and function[-1] in "CD":
             cursor = self._ensure_cursor()
-            if function[-1] == "C" and cursor.col < self._screen.width - 1:
-                self._touch(cursor.col + 1)
-            elif function[-1] == "D" and cursor.col > 0:
-                self._touch(cursor.col - 1)
+            left = function[-1] == "D"
+            step = -self._columns_before(cursor) if left else self._columns_at(cursor.row, cursor.col)
+            col = min(cursor.col + step, self._screen.width - 1)
+            if col != cursor.col:
+                self._touch(col)
         elif not function.startswith("\x1b]"):
             self._become_tentative()
             if function == "\r":
@@ -4327,21 +4328,23 @@ class PredictionEngine:
         cursor, screen = self._ensure_cursor(), self._screen
         row, width = cursor.row, screen.width
         cells = self._row_cells(row)
-        if cursor.col == 0:
+        columns = self._columns_before(cursor)
+        if not columns:
             return
-        self._touch(cursor.col - 1)
+        self._touch(cursor.col - columns)
         if self.overwrite:
-            cell = cells[cursor.col]
             there = screen.code_at(screen.cursor_row, screen.cursor_col)
-            cell.recycle(there)
-            cell.new = (" ", there[1])
-            self._arm((cell,))
+            blanked = cells[cursor.col : cursor.col + columns]
+            for cell in blanked:
+                cell.recycle(there)
+                cell.new = (" ", there[1])
+            self._arm(blanked)
             return
         shown = screen.codes_of(row)
         for col in range(cursor.col, width):
             cells[col].recycle(shown[col])
-            if col + 2 < width:
-                cells[col].take_from(cells[col + 1], shown[col + 1])
+            if col + columns + 1 < width:
+                cells[col].take_from(cells[col + columns], shown[col + columns])
             else:
                 cells[col].unknown = True
         self._arm(cells[cursor.col :])
@@ -4379,6 +4382,17 @@ class PredictionEngine:
         left = cells[col - 1]
         known = left.active and not left.unknown
         return without_wrap(left.new[1] if known else self._screen.code_at(row, col - 1)[1])
+
+    def _columns_at(self, row: int, col: int) -> int:
+        """Return how many columns the character there takes, as far as is known or predicted."""
+        predicted = self.rows[row][col] if row in self.rows else None
+        is_known = predicted is not None and predicted.active and not predicted.unknown
+        code = predicted.new[0] if predicted and is_known else self._screen.code_at(row, col)[0]
+        return 2 if self._book.is_wide(code) else 1
+
+    def _columns_before(self, cursor: CursorPrediction) -> int:
+        """Return how many columns the character left of the cursor takes, 0 at the left edge."""
+        return self._columns_at(cursor.row, cursor.col - 2) if cursor.col > 1 else cursor.col
 
     def _newline(self) -> None:
         cursor = self._ensure_cursor()

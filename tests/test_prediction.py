@@ -71,6 +71,39 @@ def test_a_confirmed_epoch_shows_typing_at_once() -> None:
     assert driver.shown.lines()[0].rstrip() == "$ ls"
 
 
+WIDE_STEPS = [
+    (b"\x7f", "$ \u6f22\u5b57xyz", 6),
+    (b"\x7f\x7f", "$ \u6f22xyz", 4),
+    (b"\x7f\x7f\x7f\x7f", "$xyz", 1),
+    (b"\x1bOD\x1bOD", "$ \u6f22\u5b57axyz", 4),
+    (b"\x1b[D\x1b[D\x1b[D\x1b[C", "$ \u6f22\u5b57axyz", 4),
+    (b"\x1b[D\x1b[D\x7f", "$ \u5b57axyz", 2),
+    (b"\x1b[D\x1b[Db\x1b[C\x7f", "$ \u6f22baxyz", 5),
+]
+
+
+@pytest.mark.parametrize(("keys", "text", "col"), WIDE_STEPS)
+def test_backspace_and_arrows_take_a_wide_character_as_one(keys: bytes, text: str, col: int) -> None:
+    driver = EngineDriver(
+        {
+            "cols": 20,
+            "rows": 3,
+            "mode": "always",
+            "overwrite": False,
+            "start_send_interval_ms": 100,
+            "start_remote_hex": "$ \u6f22\u5b57xyz\x1b[3D".encode().hex(),
+        }
+    )
+    driver.draw()
+    driver.type(b"a")
+    driver.remote.feed(b"\x1b[@a")
+    driver.observe(last_sent_num=1, echo_ack=1)
+    driver.draw()
+    driver.type(keys)
+    driver.draw()
+    assert (driver.shown.lines()[0].rstrip(), driver.shown.cursor_col) == (text, col)
+
+
 KEYS = st.sampled_from(
     [*(key.encode() for key in ("a", "b", " ", "\u00e9", "\u6f22", "\u0301")), b"\x7f", b"\x1bOC", b"\x1b[D", b"\r"]
 )
