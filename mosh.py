@@ -2756,7 +2756,7 @@ class Emulator:
         row, last = framebuffer.cursor_row, framebuffer.width - 1
         text, attr = framebuffer.code_at(row, last)
         framebuffer.set_code(row, last, text, with_wrap(attr))
-        self.cr_lf()
+        self.nel()
 
     # -- moving
 
@@ -2828,13 +2828,9 @@ class Emulator:
     def cr(self, _: Parameters = ()) -> None:
         self._go_col(0)
 
-    def cr_lf(self, _: Parameters = ()) -> None:
-        self._go_col(0)
-        self.lf()
-
     def nel(self, _: Parameters = ()) -> None:
         self._go_col(0)
-        self._step_rows(1)
+        self.lf()
 
     def hts(self, _: Parameters = ()) -> None:
         self._set_tab_stop(self.framebuffer.cursor_col, True)
@@ -3086,7 +3082,7 @@ _CONTROLS: dict[str, Callable[[Emulator, Parameters], None]] = {
     "\x0b": Emulator.lf,  # vertical tabulation
     "\x0c": Emulator.lf,  # form feed
     "\x0d": Emulator.cr,  # carriage return
-    "\x0d\x0a": Emulator.cr_lf,  # both
+    "\x0d\x0a": Emulator.nel,  # both
     "\x84": Emulator.lf,  # index
     "\x85": Emulator.nel,  # next line
     "\x88": Emulator.hts,  # horizontal tabulation set
@@ -3281,8 +3277,8 @@ class _FrameWriter:
         self.scroll_is_doubtful = False  # parts of the screen were scrolled, and it may have saved nothing
         # the terminal as it is now
         self._position: Position | None = (last.cursor_row, last.cursor_col)  # col == width: wrap pending
-        self._pen: str | None = last.pen
-        self._cursor_visible: bool | None = last.cursor_visible
+        self._pen = last.pen
+        self._cursor_visible = last.cursor_visible
 
     def write(self, *, scroll: bool = True) -> bytes:
         """Return the frame diff; `scroll`: parts of the screen may be scrolled. To be called once."""
