@@ -1601,6 +1601,11 @@ class Utf8Decoder:
     def __init__(self) -> None:
         self._pending = b""
 
+    @property
+    def may_begin_control(self) -> bool:
+        """Whether the next byte can make a C1 control of what is pending."""
+        return self._pending == b"\xc2"
+
     def decode(self, data: bytes) -> str:
         """Return the characters that `data` completes, with U+FFFD where it is malformed."""
         data, self._pending = self._pending + data, b""
@@ -1829,7 +1834,7 @@ class _CodeTable:
         for code in self.values.keys() - used:
             del self._codes[self.values.pop(code)]
         self._free = (number for number in self._numbers if chr(number) not in self.values)
-        self._sweep_at = max(_SWEEP_FROM, 2 * len(self.values))
+        self._sweep_at = min(max(_SWEEP_FROM, 2 * len(self.values)), len(self._numbers))
 
     def add(self, value: Any) -> str | None:
         """Return a new code point for `value`, None if there is none left."""
@@ -1844,8 +1849,9 @@ class _CodeTable:
 class Codebook:
     """Names renditions and clusters by single code points, for all framebuffers of a session.
 
-    A table that has doubled is swept: what no live framebuffer uses is dropped, so its size is bounded by what is on
-    the screens. Should all code points be in use, new renditions read as the default one and new clusters as U+FFFD.
+    A table that has doubled or is full is swept: what no live framebuffer uses is dropped, so its size is bounded by
+    what is on the screens. While all code points are in use, new renditions read as the default one and new clusters
+    as U+FFFD.
     """
 
     DEFAULT = "\0"  # the code of the default rendition
@@ -2415,6 +2421,7 @@ _KEEPS_WRAP_PENDING = {"\t", "I", "Z", "g", "?h", "?l"}
 # still be on the screen. Of the others, only the pen and the bells outlive them.
 _SKIP_FROM_BYTES = 2_048  # shorter feeds are not worth the search
 _SHORT_BYTES = 64
+_SEARCH_LIMIT_BYTES = 1 << 16  # at a time: most of a search is in vain if the next sequence that leaves the row is near
 _LEAVES_ROW = {  # by their first byte: looking for that alone is ten times as fast
     b"\x1b": lazy_pattern(rb"\x1b(?!\[[0-9;]*[mKXPCDG@]|[=>]|\([0B])"),  # not SGR EL ECH DCH CUF CUB CHA ICH, no-ops
     b"\x0b": lazy_pattern(rb"\x0b"),  # VT
@@ -2452,8 +2459,11 @@ def _place_to_cut(data: bytes, start: int) -> int:
 
 
 def _end_of_lines(data: bytes, start: int) -> int:
-    """Return up to where nothing but text, line ends and sequences that stay within their row comes from `start`."""
-    end = len(data)
+    """Return up to where nothing but text, line ends and sequences that stay within their row comes from `start`.
+
+    Looks at no more than _SEARCH_LIMIT_BYTES.
+    """
+    end = min(start + _SEARCH_LIMIT_BYTES, len(data))
     for byte, pattern in _LEAVES_ROW.items():
         first = data.find(byte, start, end)
         match = pattern.search(data, first, end) if first >= 0 else None
@@ -2521,7 +2531,7 @@ class Emulator:
         self.framebuffer.codebook.sweep_if_due()
         at = 0
         while len(data) - at >= _SKIP_FROM_BYTES:
-            if self._parser.is_busy:  # let a sequence that has begun come to its end
+            if self._parser.is_busy or self._decoder.may_begin_control:  # let what has begun come to its end
                 end = _place_to_cut(data, at + 1)
             else:
                 end = _end_of_lines(data, at)
@@ -2746,7 +2756,7 @@ class Emulator:
         row, last = framebuffer.cursor_row, framebuffer.width - 1
         text, attr = framebuffer.code_at(row, last)
         framebuffer.set_code(row, last, text, with_wrap(attr))
-        self.cr_lf()
+        self.nel()
 
     # -- moving
 
@@ -2818,13 +2828,9 @@ class Emulator:
     def cr(self, _: Parameters = ()) -> None:
         self._go_col(0)
 
-    def cr_lf(self, _: Parameters = ()) -> None:
-        self._go_col(0)
-        self.lf()
-
     def nel(self, _: Parameters = ()) -> None:
         self._go_col(0)
-        self._step_rows(1)
+        self.lf()
 
     def hts(self, _: Parameters = ()) -> None:
         self._set_tab_stop(self.framebuffer.cursor_col, True)
@@ -3076,7 +3082,7 @@ _CONTROLS: dict[str, Callable[[Emulator, Parameters], None]] = {
     "\x0b": Emulator.lf,  # vertical tabulation
     "\x0c": Emulator.lf,  # form feed
     "\x0d": Emulator.cr,  # carriage return
-    "\x0d\x0a": Emulator.cr_lf,  # both
+    "\x0d\x0a": Emulator.nel,  # both
     "\x84": Emulator.lf,  # index
     "\x85": Emulator.nel,  # next line
     "\x88": Emulator.hts,  # horizontal tabulation set
@@ -3271,8 +3277,8 @@ class _FrameWriter:
         self.scroll_is_doubtful = False  # parts of the screen were scrolled, and it may have saved nothing
         # the terminal as it is now
         self._position: Position | None = (last.cursor_row, last.cursor_col)  # col == width: wrap pending
-        self._pen: str | None = last.pen
-        self._cursor_visible: bool | None = last.cursor_visible
+        self._pen = last.pen
+        self._cursor_visible = last.cursor_visible
 
     def write(self, *, scroll: bool = True) -> bytes:
         """Return the frame diff; `scroll`: parts of the screen may be scrolled. To be called once."""
@@ -3549,18 +3555,21 @@ def _find_scroll(old: list[Row], new: list[Row]) -> tuple[int, int, int, bool]:
             at = bisect.bisect(places[row], i)
             for place in places[row][max(0, at - 1) : at + 1]:  # the nearest ones above and below
                 votes[place - i] = votes.get(place - i, 0) + _MOVE_BYTES + len(row.text)
-    best, best_gain = (0, 0, 0, False), -_SCROLL_REGION_BYTES
-    for distance in sorted(votes, key=lambda key: -votes[key])[:_SCROLL_DISTANCES]:
-        for first, end in _matching_runs(old, new, distance):
-            top, bottom = (first, end - 1 + distance) if distance > 0 else (first + distance, end - 1)
-            vacated = range(end, bottom + 1) if distance > 0 else range(top, first)
-            price = abs(distance) + sum(_most_bytes(_BLANK_ROW, new[i]) for i in vacated)
-            price += _SCROLL_BYTES if (top, bottom) == (0, len(old) - 1) else _SCROLL_REGION_BYTES
-            gain = sum(_most_bytes(old[i], new[i]) for i in range(top, bottom + 1)) - price
+    if not votes:
+        return 0, 0, 0, False
+    over_old = [0, *accumulate(map(_most_bytes, old, new))]  # what the rows above each one cost without a scroll
+    over_blank = [0, *accumulate(_most_bytes(_BLANK_ROW, row) for row in new)]  # and where it leaves empty ones
+    (top, bottom, distance), best_gain, best_price = (0, 0, 0), -_SCROLL_REGION_BYTES, 0
+    for shift in sorted(votes, key=lambda key: -votes[key])[:_SCROLL_DISTANCES]:
+        for first, end in _matching_runs(old, new, shift):
+            start, stop = min(first, first + shift), max(end, end + shift)
+            vacated = over_blank[stop] - over_blank[end] if shift > 0 else over_blank[first] - over_blank[start]
+            price = abs(shift) + vacated + (_SCROLL_BYTES if stop - start == len(old) else _SCROLL_REGION_BYTES)
+            gain = over_old[stop] - over_old[start] - price
             if gain > best_gain:
-                certain = sum(_least_bytes(old[i], new[i]) for i in range(top, bottom + 1)) > 2 * price
-                best, best_gain = (top, bottom, distance, certain), gain
-    return best
+                (top, bottom, distance), best_gain, best_price = (start, stop - 1, shift), gain, price
+    certain = sum(map(_least_bytes, old[top : bottom + 1], new[top : bottom + 1])) > 2 * best_price
+    return top, bottom, distance, certain
 
 
 def _matching_runs(old: list[Row], new: list[Row], distance: int) -> Iterator[tuple[int, int]]:
@@ -3911,7 +3920,7 @@ class CursorKeyFilter:
 # epoch and all that was predicted in it visible. So a password, never echoed, is never shown, and a full-screen program
 # costs at most one round trip before its typing is instant too. One visible prediction that is wrong drops everything.
 #
-# Predictions are made against what the user sees, the overlays included, and judged against the server's bare screen.
+# A prediction is made on the newest screen with those before it, and judged by the server's bare screen.
 
 SHOW_PREDICTIONS_MS = (20, 30)  # by send interval, about half a round trip: off at or below, on above
 UNDERLINE_MS = (50, 80)  # likewise, for underlining them
@@ -3999,7 +4008,7 @@ class CellPrediction:
         if not self.active or self.unknown:
             self.unknown = False
             self.olds = [there]
-        elif self.new not in self.olds or there not in self.olds:
+        else:
             self.remember(self.new)
             self.remember(there)
 
@@ -4246,12 +4255,11 @@ class PredictionEngine:
     # -- predicting
 
     def key(self, byte: int, screen: Framebuffer, now: int) -> None:
-        """Predict the effect of one byte typed, `screen` being what the user sees."""
+        """Predict the effect of one byte typed on `screen`, the newest with predictions and all. Call `cull` before."""
         if self.mode is PredictionMode.NEVER:
             return
         if self.mode is PredictionMode.EXPERIMENTAL:
             self.epoch = self.confirmed_epoch
-        self.cull(screen, now)
         if self._last_byte == 0x1B and byte == ord("O"):
             byte = ord("[")  # arrows in application cursor mode
         self._last_byte = byte
@@ -4275,10 +4283,11 @@ class PredictionEngine:
             self._backspace()
         elif function.startswith("\x1b[") and function[-1] in "CD":
             cursor = self._ensure_cursor()
-            if function[-1] == "C" and cursor.col < self._screen.width - 1:
-                self._touch(cursor.col + 1)
-            elif function[-1] == "D" and cursor.col > 0:
-                self._touch(cursor.col - 1)
+            left = function[-1] == "D"
+            step = -self._columns_before(cursor) if left else self._columns_at(cursor.row, cursor.col)
+            col = min(cursor.col + step, self._screen.width - 1)
+            if col != cursor.col:
+                self._touch(col)
         elif not function.startswith("\x1b]"):
             self._become_tentative()
             if function == "\r":
@@ -4315,21 +4324,23 @@ class PredictionEngine:
         cursor, screen = self._ensure_cursor(), self._screen
         row, width = cursor.row, screen.width
         cells = self._row_cells(row)
-        if cursor.col == 0:
+        columns = self._columns_before(cursor)
+        if not columns:
             return
-        self._touch(cursor.col - 1)
+        self._touch(cursor.col - columns)
         if self.overwrite:
-            cell = cells[cursor.col]
-            text, attr = screen.code_at(screen.cursor_row, screen.cursor_col)
-            cell.recycle((text, attr))
-            cell.new = (self._same_shape(text, " "), attr)
-            self._arm((cell,))
+            there = screen.code_at(screen.cursor_row, screen.cursor_col)
+            blanked = cells[cursor.col : cursor.col + columns]
+            for cell in blanked:
+                cell.recycle(there)
+                cell.new = (" ", there[1])
+            self._arm(blanked)
             return
         shown = screen.codes_of(row)
         for col in range(cursor.col, width):
             cells[col].recycle(shown[col])
-            if col + 2 < width:
-                cells[col].take_from(cells[col + 1], shown[col + 1])
+            if col + columns + 1 < width:
+                cells[col].take_from(cells[col + columns], shown[col + columns])
             else:
                 cells[col].unknown = True
         self._arm(cells[cursor.col :])
@@ -4352,7 +4363,7 @@ class PredictionEngine:
         cell.recycle(shown[col])
         self._arm((cell,) if self.overwrite else cells[col:])
         attr = self._attr_for_typing(row, col, cells)
-        cell.new = (self._same_shape(cell.new[0], char), attr)
+        cell.new = (self._book.cell_code(char, wide=False, fallback=False), attr)
         self._touch(col)
         if col < width - 1:
             self._touch(col + 1)
@@ -4368,9 +4379,16 @@ class PredictionEngine:
         known = left.active and not left.unknown
         return without_wrap(left.new[1] if known else self._screen.code_at(row, col - 1)[1])
 
-    def _same_shape(self, text: str, contents: str) -> str:
-        """Return the code for a cell as wide and as fallback as `text`, with other contents."""
-        return self._book.cell_code(contents, self._book.is_wide(text), self._book.is_fallback(text))
+    def _columns_at(self, row: int, col: int) -> int:
+        """Return how many columns the character there takes, as far as is known or predicted."""
+        predicted = self.rows[row][col] if row in self.rows else None
+        is_known = predicted is not None and predicted.active and not predicted.unknown
+        code = predicted.new[0] if predicted and is_known else self._screen.code_at(row, col)[0]
+        return 2 if self._book.is_wide(code) else 1
+
+    def _columns_before(self, cursor: CursorPrediction) -> int:
+        """Return how many columns the character left of the cursor takes, 0 at the left edge."""
+        return self._columns_at(cursor.row, cursor.col - 2) if cursor.col > 1 else cursor.col
 
     def _newline(self) -> None:
         cursor = self._ensure_cursor()
@@ -4990,12 +5008,14 @@ class ClientCore:
         if now < self._asks_terminal_until or self._cut_off_reply:
             data = self._without_reply(data)
         self._observe()
+        self.engine.cull(self.screen, now)
         if len(data) > BULK_READ_BYTES:
             self.engine.reset()
+        screen = self._predicted_screen()  # not the one drawn last: that may be older, and the bar is no text to edit
         typed = bytearray()
         for key in data:
             if len(data) <= BULK_READ_BYTES:
-                self.engine.key(key, self._shown, now)
+                self.engine.key(key, screen, now)
             if not self._take_key(key, typed, now):
                 return
         self._push(typed, now)
@@ -5018,6 +5038,8 @@ class ClientCore:
         """The user's window has a new size; each is brought to at least 1."""
         self._push((Resize(max(1, width), max(1, height)),), now)
         self.engine.reset()
+        if (width, height) == (self._shown.width, self._shown.height):
+            self.repaint()  # it has had another size meanwhile, at which the terminal may have moved or cut everything
 
     def _push(self, events: Iterable[UserEvent], now: int) -> None:
         self._stream = self._stream.with_events(events)
@@ -5091,14 +5113,19 @@ class ClientCore:
         if self._shown_is_known and wanted and wanted == self._drawn:
             return b""
         self._drawn = wanted
-        screen = self.screen.copy()
-        self.engine.apply(screen)
+        screen = self._predicted_screen()
         self.bar.draw(screen, now)
         disarm(screen, self._shown)
         prefix_titles(screen, self._title_prefix)
         frame = self._display.frame(self._shown, screen, known=self._shown_is_known)
         self._shown, self._shown_is_known = screen, True
         return frame and self._frame_marks[0] + frame + self._frame_marks[1]
+
+    def _predicted_screen(self) -> Framebuffer:
+        """Return a copy of the newest screen with the predictions that may be seen."""
+        screen = self.screen.copy()
+        self.engine.apply(screen)
+        return screen
 
     def last_frame(self, now: int) -> bytes:
         """Return the frame to leave behind: no bar, no title prefix."""

@@ -524,6 +524,40 @@ def test_a_prediction_long_unanswered_is_shown_though_nothing_else_wakes_the_cli
     assert sim.client.seen.lines[1] == "$ ab"
 
 
+def test_a_key_in_the_same_turn_as_the_echo_of_the_last_one_is_judged_by_that_echo() -> None:
+    client, server = _client(), _server()
+    client.engine.mode = mosh.PredictionMode.ALWAYS
+
+    def exchange(now: int) -> None:
+        for datagram in client.datagrams_to_send(now):
+            server.receive_datagram(datagram, HOME_ADDRESS, now)
+        for datagram in server.datagrams_to_send(now):
+            client.receive_datagram(datagram, SERVER_ADDRESS, now)
+
+    server.receive_host_output(b"$ ", 0)
+    for now in range(0, 500, 10):
+        exchange(now)
+    client.frame_to_draw(500)
+    client.receive_keys(b"l", 500)
+    client.frame_to_draw(500)
+    server.receive_host_output(b"l", 500)
+    for now in range(500, 800, 10):
+        exchange(now)
+    client.receive_keys(b"s", 800)
+    client.frame_to_draw(800)
+    assert client.shown.lines()[0].rstrip() == "$ ls" and client.shown.cursor_col == 4
+
+
+def test_nothing_is_predicted_of_the_text_in_the_bar() -> None:
+    sim = _confirmed(mosh.PredictionMode.ALWAYS)
+    sim.blackout(ms=15_000)
+    sim.run(ms=9_000)
+    assert sim.client.seen.lines[0].startswith("mosh: ")
+    sim.client.type("bc", every_ms=100)
+    sim.run_until(lambda: not sim.client.seen.lines[0].startswith("mosh: "), limit_ms=20_000)
+    assert sim.client.seen.text == "$ abc"
+
+
 # -- the program's side
 
 
@@ -616,6 +650,15 @@ def test_keys_and_resizes_keep_their_order(sim: Simulation) -> None:
     sim.client.resize(71, 11)
     sim.run(ms=2_000)
     assert sim.server.program.received == b"ab" and sim.server.sizes[-1] == (71, 11)
+
+
+def test_a_window_that_gets_its_size_back_before_the_server_knows_is_drawn_anew(sim: Simulation) -> None:
+    """What a terminal makes of its contents meanwhile is its own affair; the server's screen has the old size again."""
+    sim.client.resize(WIDTH, HEIGHT // 2)
+    sim.client.terminal.feed(b"\x1b[Hmoved by the terminal")
+    sim.client.resize(WIDTH, HEIGHT)
+    sim.client.take_turn()
+    assert sim.client.seen == sim.client.screen
 
 
 @pytest.mark.parametrize(("width", "height"), [(0, 0), (0, 24), (80, 0)])

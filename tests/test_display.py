@@ -164,6 +164,30 @@ def test_apply_diff_law_when_parts_of_the_screen_scroll(changes: list[str]) -> N
     assert vectors.shown(receiver.framebuffer) == vectors.shown(sender.framebuffer)
 
 
+class CountedRow(mosh.Row):
+    """A row that counts how often one is compared."""
+
+    __slots__ = ()
+    count = 0
+
+    def __eq__(self, other: object) -> bool:
+        CountedRow.count += 1
+        return super().__eq__(other)
+
+    __hash__ = mosh.Row.__hash__
+
+
+def test_looking_for_a_scroll_takes_time_in_proportion_to_the_height() -> None:
+    """Also where every other row has moved far, so that there are many stretches, all of them long."""
+    height = 400
+    old: list[mosh.Row] = [CountedRow("old" + chr(i), "\0" * 4, "\0") for i in range(1, height + 1)]
+    new: list[mosh.Row] = [CountedRow("new" + chr(i), "\0" * 4, "\0") for i in range(1, height + 1)]
+    new[1 : height // 2 : 2] = old[height // 2 + 1 :: 2]
+    CountedRow.count = 0
+    mosh._find_scroll(old, new)
+    assert CountedRow.count < 20 * height
+
+
 @pytest.mark.parametrize(
     "change", ["\x1b[3;20r\x1b[20;1H\nnew", "\x1b[3;20r\x1b[3;1H\x1bMnew", "\x1b[1;22r\x1b[5;1H\x1b[L", "\x1b[2M"]
 )

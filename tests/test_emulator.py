@@ -193,6 +193,21 @@ def test_skipping_what_scrolls_away_unseen_changes_nothing(
     ]
 
 
+def test_a_control_cut_in_half_before_a_flood_is_obeyed() -> None:
+    terminal = mosh.Emulator(12, 5)
+    terminal.feed(b"\xc2")
+    terminal.feed(b"\x9b?25l" + b"line\r\n" * 1000)
+    assert not terminal.framebuffer.cursor_visible
+
+
+def test_the_search_for_what_scrolls_away_unseen_looks_only_so_far() -> None:
+    """In vain once for every 2 KB, it would take minutes for a diff of the largest size."""
+    harmless = b"a \x1b[1mline\x1b[m\r\n" * 100_000
+    for start in (0, 5_000, len(harmless) - 5_000):
+        limit = min(start + mosh._SEARCH_LIMIT_BYTES, len(harmless))
+        assert limit - len(b"\x1b[1m") < mosh._end_of_lines(harmless, start) <= limit
+
+
 @given(st.integers(1, 40_000), st.integers(0, 30), BEFORE)
 def test_an_endless_line_ends_as_if_printed_in_pieces(count: int, start: int, before: str) -> None:
     data = bytes(97 + i % 23 for i in range(count))

@@ -381,6 +381,20 @@ def test_a_table_full_of_what_is_shown_stays_right_and_recovers() -> None:
     assert book.contents(book.cell_code("o\u0302", False, False)) == "o\u0302"
 
 
+def test_a_full_table_is_swept_however_much_of_it_was_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or else what was once beyond it would read as U+FFFD for good."""
+    monkeypatch.setattr(mosh, "_CLUSTER_CODES", 6_000)
+    book, screen = Codebook(), None
+    for count in (4_500, 6_000):
+        for n in range(count):
+            book.cell_code(f"e{n}", False, False)
+        if screen is None:
+            screen = Framebuffer(count, 1, book)
+            screen.set_code(0, 0, "".join(book._clusters[False].values), Codebook.DEFAULT * count)
+        book.sweep_if_due()
+    assert book.contents(book.cell_code("o\u0302", False, False)) == "o\u0302"
+
+
 def test_a_table_full_of_renditions_gives_the_default_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mosh, "_RENDITION_CODES", 10)
     book = Codebook()

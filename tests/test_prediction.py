@@ -5,13 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 import mosh
 import vectors
 
 
 class EngineDriver:
-    """Runs a prediction engine over a remote terminal as the client does."""
+    """Runs a prediction engine over a remote terminal as stock's client does.
+
+    A key is predicted on the screen drawn last, by which predictions are judged just before. Our client takes a newer
+    screen for the one and the server's own for the other.
+    """
 
     def __init__(self, vector: vectors.Vector) -> None:
         self.remote = mosh.Emulator(vector["cols"], vector["rows"])
@@ -31,6 +37,7 @@ class EngineDriver:
     def type(self, keys: bytes) -> None:
         """One read of keystrokes."""
         for key in keys:
+            self.engine.cull(self.shown, self.now)
             self.engine.key(key, self.shown, self.now)
 
     def draw(self) -> None:
@@ -62,6 +69,80 @@ def test_a_confirmed_epoch_shows_typing_at_once() -> None:
     driver.type(b"s")
     driver.draw()
     assert driver.shown.lines()[0].rstrip() == "$ ls"
+
+
+WIDE_STEPS = [
+    (b"\x7f", "$ \u6f22\u5b57xyz", 6),
+    (b"\x7f\x7f", "$ \u6f22xyz", 4),
+    (b"\x7f\x7f\x7f\x7f", "$xyz", 1),
+    (b"\x1bOD\x1bOD", "$ \u6f22\u5b57axyz", 4),
+    (b"\x1b[D\x1b[D\x1b[D\x1b[C", "$ \u6f22\u5b57axyz", 4),
+    (b"\x1b[D\x1b[D\x7f", "$ \u5b57axyz", 2),
+    (b"\x1b[D\x1b[Db\x1b[C\x7f", "$ \u6f22baxyz", 5),
+]
+
+
+@pytest.mark.parametrize(("keys", "text", "col"), WIDE_STEPS)
+def test_backspace_and_arrows_take_a_wide_character_as_one(keys: bytes, text: str, col: int) -> None:
+    driver = EngineDriver(
+        {
+            "cols": 20,
+            "rows": 3,
+            "mode": "always",
+            "overwrite": False,
+            "start_send_interval_ms": 100,
+            "start_remote_hex": "$ \u6f22\u5b57xyz\x1b[3D".encode().hex(),
+        }
+    )
+    driver.draw()
+    driver.type(b"a")
+    driver.remote.feed(b"\x1b[@a")
+    driver.observe(last_sent_num=1, echo_ack=1)
+    driver.draw()
+    driver.type(keys)
+    driver.draw()
+    assert (driver.shown.lines()[0].rstrip(), driver.shown.cursor_col) == (text, col)
+
+
+KEYS = st.sampled_from(
+    [*(key.encode() for key in ("a", "b", " ", "\u00e9", "\u6f22", "\u0301")), b"\x7f", b"\x1bOC", b"\x1b[D", b"\r"]
+)
+REMOTE = st.sampled_from(
+    ["ab", "\u6f22\u5b57", "\U0001f600", "e\u0301", "\x1b[C\u0301", "\x1b[2;3H", "\x1b[1;7H", "\x1b[K", "\r\n"]
+)
+STEPS = st.tuples(st.lists(KEYS, max_size=4), st.booleans(), st.lists(REMOTE, max_size=2))
+
+
+@settings(max_examples=300)
+@given(st.sampled_from(["always", "experimental"]), st.booleans(), st.lists(STEPS, min_size=2, max_size=12))
+@example("always", False, [([], True, ["\u6f22\u5b57 ab\x1b[H"]), ([b"q"], True, []), ([b"r", b"s"], False, [])])
+def test_the_users_terminal_shows_the_predictions_as_they_are_meant(
+    mode: str, overwrite: bool, steps: list[tuple[list[bytes], bool, list[str]]]
+) -> None:
+    """Among wide characters and marks, too: a frame leaves the terminal in no doubt about columns."""
+    driver = EngineDriver(
+        {
+            "cols": 12,
+            "rows": 3,
+            "mode": mode,
+            "overwrite": overwrite,
+            "start_send_interval_ms": 100,
+            "start_remote_hex": b"\x1b[4h".hex(),
+        }
+    )
+    terminal, typed = mosh.Emulator(12, 3), b""
+    for num, (keys, echoed, remote) in enumerate(steps, start=1):
+        driver.type(b"".join(keys))
+        typed += b"".join(keys)
+        if echoed:
+            driver.remote.feed(typed.replace(b"\x7f", b"\b\x1b[P").replace(b"\x1bO", b"\x1b["))
+            typed = b""
+        driver.remote.feed("".join(remote).encode())
+        driver.observe(last_sent_num=num, echo_ack=num if echoed else driver.numbers["echo_ack"])
+        before = driver.shown
+        driver.draw()
+        terminal.feed(mosh.Display(hide_cursor=True).frame(before, driver.shown))
+        assert vectors.shown(terminal.framebuffer) == vectors.shown(driver.shown)
 
 
 def _check_frame(driver: EngineDriver, expect: dict[str, Any]) -> None:
