@@ -1667,7 +1667,9 @@ WIDTH_EXCEPTIONS = (
     "W_7Z9?Ang{{WTKT$*A4F"
 )
 _VERDICTS = (-1, 0, 1, 2, None)  # None: the package decides
-_JOINERS = "\u200d\ufe0e\ufe0f"  # the two ends agree on these, but the user's terminal may not
+ZERO_WIDTH_JOINER = "\u200d"
+SKIN_TONES = "\U0001f3fb\U0001f3fc\U0001f3fd\U0001f3fe\U0001f3ff"
+_JOINERS = f"{ZERO_WIDTH_JOINER}\ufe0e\ufe0f{SKIN_TONES}"  # the two ends agree on these, but the terminal may not
 
 
 @lru_cache(maxsize=1)
@@ -3215,6 +3217,8 @@ def _extended_color(parameters: Parameters) -> tuple[int | None, int]:
 #   - hidden state is at its default before and after: full scrolling region, wrap not pending, autowrap on
 #   - a row that goes on in the next one is written up to its last cell, directly followed by the next row's first
 #   - after a cell whose width is doubtful, the cursor is placed explicitly
+#   - what the terminal may draw into the cell on its left (a skin tone, or anything behind a zero width joiner) is
+#     treated alike; and its own place is erased first, lest what was there stays
 
 _ERASE_CHARACTERS_FROM = 10  # empty cells amid text from which ECH and a move are shorter than spaces
 _MERGE_GAP = 3  # bytes of unchanged cells that are cheaper written again than skipped
@@ -3437,6 +3441,7 @@ class _FrameWriter:
         erase = self._display.ech and self._is_erasable(attr)
         col = start
         while col < end:
+            follows_doubtful = self._position is None
             self._move_hidden(row, col)
             self._set_pen(attr)
             code = text[col]
@@ -3451,10 +3456,19 @@ class _FrameWriter:
                 contents = " "  # half a wide character cannot be shown, and writing it would wrap
             elif self._book.is_fallback(code):
                 contents = _NBSP + contents
+            joined = col > 0 and (contents[0] in SKIN_TONES or (follows_doubtful and self._is_joiner_left(text, col)))
+            if joined and self._display.ech:
+                self._out.append(f"\x1b[{columns}X")  # the terminal may leave alone the place it was meant for
             self._out.append(contents)
             col = min(col + columns, self._new.width)
-            self._position = None if any(map(is_width_doubtful, contents)) else (row, col)
+            doubtful = (joined and col < self._new.width) or any(map(is_width_doubtful, contents))
+            self._position = None if doubtful else (row, col)
         return col
+
+    def _is_joiner_left(self, text: str, col: int) -> bool:
+        """Return whether the cell left of `col` ends in a joiner: the terminal may draw the next one into it."""
+        left = text[max(0, col - 2) : col]
+        return self._book.contents(left[0] if self._book.is_wide(left[0]) else left[-1]).endswith(ZERO_WIDTH_JOINER)
 
     def _erase_to_end(self, row: int, col: int, fill: str) -> None:
         """Empty the cells from `col` to the end of the row."""
