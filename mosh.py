@@ -4591,7 +4591,7 @@ class ServerCore:
         )
         # for the program
         self.host_input = bytearray()  # typed, not yet read by the program; the shell removes what it has written
-        self.size = (width, height)
+        self.size = (width, height)  # of the user's window; the screen follows
         # echo ack
         self._echo_ack = 0
         self._echo_pending: deque[tuple[int, int]] = deque()  # (due at, user state) in order
@@ -4616,6 +4616,7 @@ class ServerCore:
 
     def receive_host_output(self, data: bytes, now: int) -> None:
         """Take in what the program wrote."""
+        self._resize()
         self._emulator.feed(data)
         replies = self._emulator.take_replies()
         if len(self.host_input) < REPLY_LIMIT_BYTES:
@@ -4629,22 +4630,15 @@ class ServerCore:
         self._user_num = remote.num
         self._user_length = max(self._user_length, remote.state.length)
         keys = bytearray()
-        resize: Resize | None = None
         for event in events:
             if isinstance(event, Resize):
-                resize = event
-                continue
-            if resize:  # of consecutive resizes only the last one matters
-                self._feed_keys(keys)
-                self._resize(resize)
-                resize = None
-            if isinstance(event, Hello):
+                width = min(event.width, SCREEN_LIMIT_CELLS)
+                self.size = (width, min(event.height, SCREEN_LIMIT_CELLS // width))
+            elif isinstance(event, Hello):
                 self.client_hello, self._hello = event, Hello()
             else:
                 keys.append(event)
         self._feed_keys(keys)
-        if resize:
-            self._resize(resize)
         if any(isinstance(event, int) for event in events):
             self.transport.sender.expect_answer(now)
         if events:
@@ -4654,12 +4648,15 @@ class ServerCore:
     def _feed_keys(self, keys: bytearray) -> None:
         filtered = self._key_filter.filter(bytes(keys), self._emulator.application_cursor_keys)
         self.host_input += filtered[: max(0, INPUT_LIMIT_BYTES - len(self.host_input))]
-        keys.clear()
 
-    def _resize(self, resize: Resize) -> None:
-        width = min(resize.width, SCREEN_LIMIT_CELLS)
-        self.size = (width, min(resize.height, SCREEN_LIMIT_CELLS // width))
-        self._emulator.resize(*self.size)
+    def _resize(self) -> None:
+        """Give the screen the user's size, as late as possible: of several sizes only the last one matters.
+
+        A screen that has been smaller meanwhile would lack what was cut off, and the program would not draw it again,
+        since its window is as large as ever.
+        """
+        if self.size != (self.screen.width, self.screen.height):
+            self._emulator.resize(*self.size)
 
     # -- bytes out
 
@@ -4677,6 +4674,7 @@ class ServerCore:
         while self._echo_pending and self._echo_pending[0][0] <= now:
             echo_ack = max(echo_ack, self._echo_pending.popleft()[1])
         if self._changed or echo_ack != self._echo_ack:
+            self._resize()
             self._echo_ack, self._changed = echo_ack, False
             state = TerminalState(self._emulator.copy(), echo_ack, self._hello)
             self.transport.set_current(state, now, fresh_bytes=self._fresh_bytes)
@@ -5032,6 +5030,8 @@ class ClientCore:
         """The user's window has a new size; each is brought to at least 1."""
         self._push((Resize(max(1, width), max(1, height)),), now)
         self.engine.reset()
+        if (width, height) == (self.screen.width, self.screen.height):
+            self._shown_is_known = False  # it was smaller meanwhile, and the terminal has cut off what did not fit
 
     def _push(self, events: Iterable[UserEvent], now: int) -> None:
         self._stream = self._stream.with_events(events)
