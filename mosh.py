@@ -1672,7 +1672,9 @@ WIDTH_EXCEPTIONS = (
     "W_7Z9?Ang{{WTKT$*A4F"
 )
 _VERDICTS = (-1, 0, 1, 2, None)  # None: the package decides
-_JOINERS = "\u200d\ufe0e\ufe0f"  # the two ends agree on these, but the user's terminal may not
+ZERO_WIDTH_JOINER = "\u200d"
+SKIN_TONES = "\U0001f3fb\U0001f3fc\U0001f3fd\U0001f3fe\U0001f3ff"
+_JOINERS = f"{ZERO_WIDTH_JOINER}\ufe0e\ufe0f{SKIN_TONES}"  # the two ends agree on these, but the terminal may not
 
 
 @lru_cache(maxsize=1)
@@ -3221,6 +3223,8 @@ def _extended_color(parameters: Parameters) -> tuple[int | None, int]:
 #   - hidden state is at its default before and after: full scrolling region, wrap not pending, autowrap on
 #   - a row that goes on in the next one is written up to its last cell, directly followed by the next row's first
 #   - after a cell whose width is doubtful, the cursor is placed explicitly
+#   - what the terminal may draw into the cell on its left (a skin tone, or anything behind a zero width joiner) is
+#     treated alike; and its own place is erased first, lest what was there stays
 
 _ERASE_CHARACTERS_FROM = 10  # empty cells amid text from which ECH and a move are shorter than spaces
 _MERGE_GAP = 3  # bytes of unchanged cells that are cheaper written again than skipped
@@ -3443,6 +3447,7 @@ class _FrameWriter:
         erase = self._display.ech and self._is_erasable(attr)
         col = start
         while col < end:
+            follows_doubtful = self._position is None
             self._move_hidden(row, col)
             self._set_pen(attr)
             code = text[col]
@@ -3457,10 +3462,19 @@ class _FrameWriter:
                 contents = " "  # half a wide character cannot be shown, and writing it would wrap
             elif self._book.is_fallback(code):
                 contents = _NBSP + contents
+            joined = col > 0 and (contents[0] in SKIN_TONES or (follows_doubtful and self._is_joiner_left(text, col)))
+            if joined and self._display.ech:
+                self._out.append(f"\x1b[{columns}X")  # the terminal may leave alone the place it was meant for
             self._out.append(contents)
             col = min(col + columns, self._new.width)
-            self._position = None if any(map(is_width_doubtful, contents)) else (row, col)
+            doubtful = (joined and col < self._new.width) or any(map(is_width_doubtful, contents))
+            self._position = None if doubtful else (row, col)
         return col
+
+    def _is_joiner_left(self, text: str, col: int) -> bool:
+        """Return whether the cell left of `col` ends in a joiner: the terminal may draw the next one into it."""
+        left = text[max(0, col - 2) : col]
+        return self._book.contents(left[0] if self._book.is_wide(left[0]) else left[-1]).endswith(ZERO_WIDTH_JOINER)
 
     def _erase_to_end(self, row: int, col: int, fill: str) -> None:
         """Empty the cells from `col` to the end of the row."""
@@ -4595,7 +4609,7 @@ class ServerCore:
         )
         # for the program
         self.host_input = bytearray()  # typed, not yet read by the program; the shell removes what it has written
-        self.size = (width, height)
+        self.size = (width, height)  # of the user's window; the screen follows
         # echo ack
         self._echo_ack = 0
         self._echo_pending: deque[tuple[int, int]] = deque()  # (due at, user state) in order
@@ -4620,6 +4634,7 @@ class ServerCore:
 
     def receive_host_output(self, data: bytes, now: int) -> None:
         """Take in what the program wrote."""
+        self._resize()
         self._emulator.feed(data)
         replies = self._emulator.take_replies()
         if len(self.host_input) < REPLY_LIMIT_BYTES:
@@ -4633,22 +4648,15 @@ class ServerCore:
         self._user_num = remote.num
         self._user_length = max(self._user_length, remote.state.length)
         keys = bytearray()
-        resize: Resize | None = None
         for event in events:
             if isinstance(event, Resize):
-                resize = event
-                continue
-            if resize:  # of consecutive resizes only the last one matters
-                self._feed_keys(keys)
-                self._resize(resize)
-                resize = None
-            if isinstance(event, Hello):
+                width = min(event.width, SCREEN_LIMIT_CELLS)
+                self.size = (width, min(event.height, SCREEN_LIMIT_CELLS // width))
+            elif isinstance(event, Hello):
                 self.client_hello, self._hello = event, Hello()
             else:
                 keys.append(event)
         self._feed_keys(keys)
-        if resize:
-            self._resize(resize)
         if any(isinstance(event, int) for event in events):
             self.transport.sender.expect_answer(now)
         if events:
@@ -4658,12 +4666,15 @@ class ServerCore:
     def _feed_keys(self, keys: bytearray) -> None:
         filtered = self._key_filter.filter(bytes(keys), self._emulator.application_cursor_keys)
         self.host_input += filtered[: max(0, INPUT_LIMIT_BYTES - len(self.host_input))]
-        keys.clear()
 
-    def _resize(self, resize: Resize) -> None:
-        width = min(resize.width, SCREEN_LIMIT_CELLS)
-        self.size = (width, min(resize.height, SCREEN_LIMIT_CELLS // width))
-        self._emulator.resize(*self.size)
+    def _resize(self) -> None:
+        """Give the screen the user's size, as late as possible: of several sizes only the last one matters.
+
+        A screen that has been smaller meanwhile would lack what was cut off, and the program would not draw it again,
+        since its window is as large as ever.
+        """
+        if self.size != (self.screen.width, self.screen.height):
+            self._emulator.resize(*self.size)
 
     # -- bytes out
 
@@ -4681,6 +4692,7 @@ class ServerCore:
         while self._echo_pending and self._echo_pending[0][0] <= now:
             echo_ack = max(echo_ack, self._echo_pending.popleft()[1])
         if self._changed or echo_ack != self._echo_ack:
+            self._resize()
             self._echo_ack, self._changed = echo_ack, False
             state = TerminalState(self._emulator.copy(), echo_ack, self._hello)
             self.transport.set_current(state, now, fresh_bytes=self._fresh_bytes)

@@ -652,13 +652,32 @@ def test_keys_and_resizes_keep_their_order(sim: Simulation) -> None:
     assert sim.server.program.received == b"ab" and sim.server.sizes[-1] == (71, 11)
 
 
-def test_a_window_that_gets_its_size_back_before_the_server_knows_is_drawn_anew(sim: Simulation) -> None:
-    """What a terminal makes of its contents meanwhile is its own affair; the server's screen has the old size again."""
-    sim.client.resize(WIDTH, HEIGHT // 2)
-    sim.client.terminal.feed(b"\x1b[Hmoved by the terminal")
+@pytest.mark.parametrize("keys", ["", "x"])
+def test_a_window_that_is_back_to_its_size_shows_all_it_did(sim: Simulation, keys: str) -> None:
+    """Neither end may think that nothing has happened: the terminal has cut off what did not fit meanwhile."""
+    sim.server.write(b"\x1b7\x1b[%d;%dHstatus\x1b8" % (HEIGHT, WIDTH - 5))
+    sim.run(ms=500)
+    sim.blackout(ms=1_000)
+    sim.client.resize(WIDTH // 2, HEIGHT // 2)
+    sim.client.type(keys)
     sim.client.resize(WIDTH, HEIGHT)
-    sim.client.take_turn()
-    assert sim.client.seen == sim.client.screen
+    sim.run(ms=100)
+    assert sim.client.seen.lines[-1].endswith("status")
+    sim.run(ms=4_000)
+    assert sim.client.seen.lines[-1].endswith("status")
+    assert sim.client.seen == sim.client.screen == sim.server.screen
+
+
+def test_a_size_that_the_program_never_hears_of_cuts_off_nothing() -> None:
+    server = _server()
+    sender = Sender(server)
+    sender.type(1, b"x")
+    server.receive_host_output(b"\x1b[24;75Hstatus", now=0)
+    server.datagrams_to_send(now=0)
+    sender.resize(2, 40, 12)
+    sender.resize(3, 80, 24)
+    server.datagrams_to_send(now=1)
+    assert server.screen.lines()[-1].endswith("status")
 
 
 @pytest.mark.parametrize(("width", "height"), [(0, 0), (0, 24), (80, 0)])
@@ -672,6 +691,7 @@ def test_a_window_without_size_is_never_reported(width: int, height: int) -> Non
 def test_a_window_larger_than_any_wall_is_cut_to_size() -> None:
     server = _server()
     Sender(server).resize(1, 0xFFFF, 0xFFFF)
+    server.datagrams_to_send(now=0)
     assert server.size[0] * server.size[1] <= mosh.SCREEN_LIMIT_CELLS
     assert (server.screen.width, server.screen.height) == server.size
 

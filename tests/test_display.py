@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -129,6 +131,33 @@ def test_a_line_that_goes_on_is_written_without_a_break() -> None:
     before = sender.copy()
     sender.feed(b"0123456789abc")
     assert mosh.Display().frame(before.framebuffer, sender.framebuffer) == b"0123456789abc"
+
+
+def _as_a_joining_terminal_sees_it(frame: bytes) -> bytes:
+    """Leave out of a frame the characters that such a terminal draws into the cell on their left."""
+    text, before = re.sub("[\U0001f3fb-\U0001f3ff]", "", frame.decode()), ""
+    while text != before:
+        text, before = re.sub("\u200d((?:\x1b\\[[0-9;?]*[A-Za-z])*)[^\x1b]", r"\1", text), text
+    return text.encode()
+
+
+FAMILY, THUMB = "\U0001f468\u200d\U0001f469\u200d\U0001f467", "\U0001f44d\U0001f3fd"
+
+
+@pytest.mark.parametrize("pen", [b"", b"\x1b[1;31m", b"\x1b[44m"])
+@pytest.mark.parametrize(("word", "shown"), [(FAMILY, 6), (THUMB, 4)], ids=["family", "thumb"])
+def test_what_a_terminal_joins_leaves_a_gap_and_nothing_else(word: str, shown: int, pen: bytes) -> None:
+    """Several emoji in one cell, or one with its skin tone, are the terminal's affair; the rest of the row is not."""
+    sender = mosh.Emulator(30, 1)
+    sender.feed(b"X" * 29)
+    terminal, before = sender.copy(), sender.copy()
+    sender.feed(b"\r" + pen + f"a{word}b".encode() + b"\x1b[m")
+    frame = mosh.Display().frame(before.framebuffer, sender.framebuffer)
+    before.feed(frame)
+    assert before.framebuffer.lines() == sender.framebuffer.lines()
+    terminal.feed(_as_a_joining_terminal_sees_it(frame))
+    (line,) = terminal.framebuffer.lines()
+    assert line.rstrip() == f"a{word[0]}".ljust(shown) + "b" + "X" * (27 - shown)
 
 
 def test_a_scroll_is_a_line_feed() -> None:

@@ -233,7 +233,7 @@ def mosh_source() -> str:
     return Path(mosh.__file__).read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("char", ["\u200d", "\ufe0f", "\ufe0e", "\U0001f1e6", "\U0001f1ff", "\U0001fae8"])
+@pytest.mark.parametrize("char", ["\u200d", "\ufe0f", "\ufe0e", "\U0001f1e6", "\U0001f1ff", "\U0001f3fd", "\U0001fae8"])
 def test_what_terminals_disagree_about_is_doubtful(char: str) -> None:
     assert mosh.is_width_doubtful(char)
 
