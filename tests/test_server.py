@@ -471,6 +471,15 @@ def test_a_program_that_cannot_run_is_named(start: Start) -> None:
         session.wait_for("/no/such/program: No such file")
 
 
+def test_a_script_on_path_that_does_not_say_by_what_to_run_it_is_run_by_sh(start: Start, tmp_path: Path) -> None:
+    script = tmp_path / "plain-script"
+    script.write_text('echo "$1 said"; cat\n', encoding="utf-8")
+    script.chmod(0o755)
+    server = start(command=(script.name, "all"), PATH=f"{tmp_path}:{os.environ['PATH']}")[1]
+    with Session(server) as session:
+        session.wait_for("all said")
+
+
 def test_the_end_of_the_program_ends_the_session(start: Start) -> None:
     server = start(command=("sh", "-c", "echo goodbye"))[1]
     with Session(server) as session:
