@@ -5937,7 +5937,6 @@ PTY_TURN_MS = 2  # and no more than that in this time: 32 MB/s, of which a runaw
 FIRST_CLIENT_MS = 60_000
 DROPS_LOGGED = 16  # with -v: each of the first dropped datagrams has a line
 _SERVER_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGCHLD)
-SESSION_DESCRIPTORS = 4  # beside the socket: a pipe and both ends of the pty, later one of each and what signals take
 EXEC_FAILURE_PAUSE_S = 3  # so that the text can reach the client
 LOCALE_VARIABLES = (
     *("LANG", "LANGUAGE", "LC_CTYPE", "LC_NUMERIC", "LC_TIME", "LC_COLLATE", "LC_MONETARY", "LC_MESSAGES"),
@@ -6347,7 +6346,7 @@ def serve(options: ServerOptions) -> int:
     network_timeout_s = _seconds_from_environment("MOSH_SERVER_NETWORK_TMOUT")
     signal_timeout_s = _seconds_from_environment("MOSH_SERVER_SIGNAL_TMOUT")
     udp = bind_server(options)
-    _check_descriptors()
+    _check_for_pty()
     key = Key(os.urandom(KEY_BYTES))
     if os.isatty(0):
         write_all(1, b"\r\n\n")  # what was typed ahead has been echoed, and must not share our line
@@ -6375,12 +6374,14 @@ def serve(options: ServerOptions) -> int:
     return 0
 
 
-def _check_descriptors() -> None:
-    """Raise OSError if a session would lack descriptors, while somebody is there to read it."""
+def _check_for_pty() -> None:
+    """Raise BootstrapError if a session would lack a pty or descriptors, while somebody is there to read it."""
     held: list[int] = []
     try:
-        while len(held) < SESSION_DESCRIPTORS:
-            held.append(os.open(os.devnull, os.O_RDONLY))
+        held += os.pipe()  # a session begins with a pipe and a pty, and later has no more than that
+        held += os.openpty()
+    except OSError as error:
+        raise BootstrapError(f"a session needs a pty, and none can be opened: {error.strerror}") from None
     finally:
         for descriptor in held:
             os.close(descriptor)
@@ -7898,7 +7899,7 @@ def wrapper_main(words: Sequence[str]) -> int:
     login_options = _login_options(arguments)
     terminfo = Terminfo(os.environ.get("TERM", ""))
     RawTerminal(terminfo)  # it is better to learn now than after the login that this is no terminal
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a parent that ignores it would hide how ssh ends
+    _be_ready_for_signals()
     login = Login(login_options, terminfo.colors)
     try:
         login.start()
@@ -7913,6 +7914,18 @@ def wrapper_main(words: Sequence[str]) -> int:
         )  # fmt: skip
     finally:
         login.close()
+
+
+def _be_ready_for_signals() -> None:
+    """Let SIGTERM and SIGHUP end a login as Ctrl-C does, without leaving an ssh behind that asks for a password."""
+
+    def leave(number: int, _frame: FrameType | None) -> None:
+        sys.exit(128 + number)
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, leave)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a parent that ignores it would hide how ssh ends
 
 
 def _exec_client(program: str, key_text: str, candidate: Candidate, port: int, options: ClientOptions) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ import pytest
 
 import mosh
 import peers
-from peers import end_process, ours_command, session_env
+from peers import end_process, ours_command, process_alive, session_env
 from ptys import on_a_terminal
 
 KEY = "AAECAwQFBgcICQoLDA0ODw"
@@ -355,6 +356,24 @@ def _run_under_a_careless_parent(home: Path, tmp_path: Path, ssh: str, *words: s
 def test_how_ssh_ended_is_known_even_if_the_parent_ignores_such_signals(home: Path, tmp_path: Path) -> None:
     status, shown = _run_under_a_careless_parent(home, tmp_path, "echo 'Permission denied' >&2; exit 255", "host")
     assert status == 255 and b"ssh could not log in to host" in shown
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_login_that_is_ended_takes_its_ssh_along(home: Path, tmp_path: Path, number: signal.Signals) -> None:
+    """It may be asking for a password, and would go on to read what is typed for the shell."""
+    ssh = tmp_path / "ssh"
+    ssh.write_text('#!/bin/sh\ncase " $*" in *" -G "*) exit;; esac\necho "ssh $$" >&2; exec sleep 1000\n')
+    ssh.chmod(0o755)
+    command = [*ours_command(), f"--ssh={ssh}", "host"]
+    with on_a_terminal(command, {**session_env(home), "TERM": "xterm-256color"}) as program:
+        program.read_until(lambda output: output.endswith(b"\n"))
+        pid = int(program.output.split()[1])
+        try:
+            os.kill(program.pid, number)
+            assert program.wait() == 128 + number
+            assert not process_alive(pid)
+        finally:
+            end_process(pid)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="/proc tells what a process ignores")

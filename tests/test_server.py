@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -335,6 +336,19 @@ def _hears_on(port: int, pid: int) -> bool:
     rows = [row.split() for table in tables for row in table.splitlines()]
     sockets = {f"socket:[{row[9]}]" for row in rows if row[1].endswith(f":{port:04X}")}
     return bool(sockets & set(_descriptors(pid).values()))
+
+
+def test_a_host_without_ptys_is_named_before_anything_is_announced(home: Path) -> None:
+    """As in a container that lacks /dev/pts."""
+    hidden = ["unshare", "-rm", "sh", "-ec", 'mount --bind /dev/null /dev/ptmx; exec "$@"', "sh"]
+    if shutil.which("unshare") is None or subprocess.run([*hidden, "true"], stderr=subprocess.DEVNULL).returncode:
+        pytest.skip("this system lets a test mount nothing (unshare -rm)")
+    finished = subprocess.run(
+        [*hidden, *peers.server_command("ours", "-p", "0")], env=session_env(home), stdin=subprocess.DEVNULL,
+        capture_output=True, text=True, timeout=LIMIT_SECONDS,
+    )
+    assert (finished.returncode, finished.stdout) == (1, "")
+    assert finished.stderr.startswith("mosh: a session needs a pty") and finished.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("environ", [
