@@ -6819,7 +6819,6 @@ def run_client(
 
     `names`: what to look up again, for addresses of `family`, when the server is no longer where it was.
     """
-    disable_core_dumps()
     forbid_tracing()
     terminal = RawTerminal(terminfo, options.init)
     channel = Channel(make_cipher(key.raw), TO_SERVER)
@@ -6896,8 +6895,8 @@ def _make_client_core(
 # The host needs nothing but a Python. The command line carries a small program, the stager. (On stdin it would cost a
 # round trip: OpenSSH opens a session with a window of zero, so that stdin travels only after the answer to the
 # command.) The stager looks for this very program, by its sha256, in a private cache there; if it is missing, it asks
-# for it on stdin, checks it, compiles it for its Python and keeps that. What travels is source, 80 KB compressed: that
-# is two thirds of the bytecode, and it fits every Python, whichever ones the builder of mosh.pyz had. Compiling takes
+# for it on stdin, checks it, compiles it for its Python and keeps that. What travels is source, 110 KB compressed: that
+# is half of the bytecode, and it fits every Python, whichever ones the builder of mosh.pyz had. Compiling takes
 # 50 to 80 ms, once. Without a usable Python the same command line starts a stock mosh-server.
 #
 # Lines that are ours carry a random token, which no banner and no start-up file can know. `MOSH CONNECT` itself has
@@ -7904,6 +7903,7 @@ def wrapper_main(words: Sequence[str]) -> int:
     try:
         login.start()
         make_cipher = choose_cipher(os.environ.get("MOSH_CRYPTO", ""))  # 7 to 90 ms, in which ssh is on its way
+        disable_core_dumps()
         key_text, port, candidates = login.finish()
         if arguments.client:
             _exec_client(arguments.client, key_text, candidates[0], port, client_options)
@@ -8029,6 +8029,7 @@ def client_main(program: str, words: Sequence[str]) -> int:
     """Be mosh-client."""
     if _asks_for_text(words, program):
         return 0
+    disable_core_dumps()  # first, since the key is here, and a library that is loaded may crash
     operands: list[str] = []
     for letter, value in _short_options(words, "#", "cv"):
         if letter == "c":
