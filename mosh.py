@@ -6908,6 +6908,7 @@ REMOTE_IP_MODES = ("auto", "local", "remote", "proxy")
 FAMILIES = ("inet", "inet6", "auto", "all", "prefer-inet", "prefer-inet6")
 _FAMILY_NUMBERS = {"inet": socket.AF_INET, "inet6": socket.AF_INET6}
 _SSH_ADDRESS_WAIT_S = 10
+_PROXIED_NAME_WAIT_MS = 1_000  # for our own resolver, which may ask in vain for what only a jump host knows
 _LINE_LIMIT_BYTES = 1 << 16  # a longer line is no line of ours
 _NOISE_LIMIT_BYTES = 1 << 22  # a host that has printed this much will never come to our command
 _WITH_KEY = r"MOSH CONNECT \S+ \S+"  # security: what looks like a key is not shown
@@ -7281,8 +7282,13 @@ def resolve(host: str, port: int, family: str) -> list[Candidate]:
     unique = dict.fromkeys(Candidate(entry[0], entry[4]) for entry in found if entry[0] in _FAMILY_NAMES)
     if family == "auto" and len({candidate.family for candidate in unique}) > 1:
         raise BootstrapError(f"{host} has both IPv4 and IPv6 addresses, use --family to specify behavior")
+    return preferred_first(unique, family)
+
+
+def preferred_first(candidates: Iterable[Candidate], family: str) -> list[Candidate]:
+    """Return the candidates as they are, but for the family that is preferred, if one is."""
     first = _FAMILY_NUMBERS.get(family.replace("prefer-", ""), 0)
-    return sorted(unique, key=lambda candidate: candidate.family != first)
+    return sorted(candidates, key=lambda candidate: candidate.family != first)
 
 
 def is_here(candidate: Candidate) -> bool:
@@ -7305,6 +7311,7 @@ class Login:
         self._program: Program | None = None
         self.announcement = Announcement(self._token)
         self.names: list[str] = []  # what may be looked up again if the server moves
+        self._has_proxy = False  # so ssh itself may never have looked the name up
         # the processes, and our end of ssh's stdin
         self._process: subprocess.Popen[bytes] | None = None
         self._config_query: subprocess.Popen[bytes] | None = None
@@ -7559,15 +7566,32 @@ class Login:
         reasons: list[str] = []
         for name in self.names:
             try:
-                candidates.update(dict.fromkeys(resolve(name, self.announcement.port, self._options.family)))
+                beside = candidates and self._has_proxy and name != self.announcement.address
+                candidates.update(dict.fromkeys(self._resolve_beside(name) if beside else self._resolve(name)))
             except BootstrapError as error:
                 reasons.append(str(error))
         if not candidates:
             raise BootstrapError("; ".join(reasons) or f"no address found for {self._options.host}")
         return list(candidates)
 
+    def _resolve(self, name: str) -> list[Candidate]:
+        return resolve(name, self.announcement.port, self._options.family)
+
+    def _resolve_beside(self, name: str) -> list[Candidate]:
+        """Return the same if it can be had soon; otherwise what the server said of its address has to do."""
+        lookup = Lookup([name], self.announcement.port, _FAMILY_NUMBERS.get(self._options.family, socket.AF_UNSPEC))
+        deadline = monotonic_ms() + _PROXIED_NAME_WAIT_MS
+        found: list[Candidate] = []
+        lookup.start(monotonic_ms())
+        try:
+            while lookup.readable() and monotonic_ms() < deadline:
+                found = lookup.answer(wait(lookup.readable(), (), deadline), monotonic_ms())
+        finally:
+            lookup.close()
+        return preferred_first(found, self._options.family)
+
     def _looked_up_name(self) -> str:
-        """Return the host name that ssh's configuration gives."""
+        """Return the host name that ssh's configuration gives, and note whether it leads there by a proxy."""
         import subprocess
 
         assert self._config_query is not None
@@ -7576,11 +7600,10 @@ class Login:
         except subprocess.TimeoutExpired:
             self._config_query.kill()
             return ""
-        for line in output.decode("utf-8", "replace").splitlines():
-            word, _, value = line.partition(" ")
-            if word.lower() == "hostname":
-                return value.strip()
-        return self._options.host.rpartition("@")[2]
+        lines = (line.partition(" ") for line in output.decode("utf-8", "replace").splitlines())
+        settings = {word.lower(): value.strip() for word, _, value in lines}
+        self._has_proxy = any(settings.get(word, "none") != "none" for word in ("proxyjump", "proxycommand"))
+        return settings.get("hostname") or self._options.host.rpartition("@")[2]
 
     def close(self) -> None:
         """Let go of the processes. After a login ssh may go on for as long as other sessions share its connection."""

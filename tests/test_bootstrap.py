@@ -591,6 +591,36 @@ def test_the_servers_own_word_on_its_address_comes_first(tmp_path: Path) -> None
     assert [candidate.sockaddr for candidate in candidates] == [("10.0.0.9", 60001), (LOOPBACK, 60001)]
 
 
+PROXIED = '[ "$1" = -G ] && { echo "hostname far.invalid"; echo "proxyjump jump"; exit; }\n'
+SAYS_WHERE = STARTS + 'echo "$t ADDRESS 10.0.0.1 50000 10.0.0.9 22"\n' + SAYS_IT
+
+
+def test_a_name_that_only_a_jump_host_knows_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ssh never asks our resolver for it; one that does not answer takes 10 s to say so."""
+    monkeypatch.setattr(mosh, "_PROXIED_NAME_WAIT_MS", 100)
+    monkeypatch.setattr(mosh.Lookup, "_PROGRAM", "import time; time.sleep(1000)")
+    monkeypatch.setattr(socket, "getaddrinfo", _only_numbers(socket.getaddrinfo))
+    candidates = _run_login(PROXIED + SAYS_WHERE, tmp_path)[2]
+    assert [candidate.sockaddr for candidate in candidates] == [("10.0.0.9", 60001)]
+
+
+def _only_numbers(getaddrinfo: Any) -> Any:
+    def resolver(host: Any, *rest: Any) -> Any:
+        assert host != "far.invalid", "it would be waited for"
+        return getaddrinfo(host, *rest)
+
+    return resolver
+
+
+def test_a_name_behind_a_jump_host_that_is_known_here_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mosh.Lookup, "_PROGRAM", f"""
+print({int(socket.AF_INET6)}, '2001:db8::7', 60001, 0, 0)
+print({int(socket.AF_INET)}, '192.0.2.7', 60001)
+""")
+    candidates = _run_login(PROXIED + SAYS_WHERE, tmp_path)[2]
+    assert list(map(str, candidates)) == ["10.0.0.9", "192.0.2.7", "2001:db8::7"]
+
+
 FAILURES: list[tuple[str, int, str]] = [
     ("exit 255", 255, "ssh could not log in to there"),
     ("exit 0", mosh.OTHER_COMMAND, "did not run what mosh asked for"),
