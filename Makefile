@@ -9,7 +9,7 @@
 # TESTS="..."           test: arguments for pytest instead of the folder tests
 
 PYTHON ?= python3
-HOST ?=
+HOST :=
 SEED ?=
 TESTS ?= tests
 COUNT ?= 10000

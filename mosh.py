@@ -164,7 +164,7 @@ class BootstrapError(MoshError):
 
 
 class UsageError(MoshError):
-    """The command line or the environment is wrong: one line, the usage hint, exit 2 (1 in a server, as in stock)."""
+    """The command line or the environment is wrong: say so, exit 2 (as server or client: with its usage, exit 1)."""
 
 
 # ======================================================================================================================
@@ -5603,7 +5603,7 @@ class NetworkWatch:
 
 
 class Signals:
-    """Turns signals into something a selector can wait for. Restores the old handlers when left."""
+    """Turns signals, also those that the parent has blocked, into something to wait for, until it is closed."""
 
     def __init__(self, *numbers: int) -> None:
         self._reader, self._writer = socket.socketpair()
@@ -5613,6 +5613,7 @@ class Signals:
         self._old_wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         for number in numbers:
             self._old_handlers[number] = signal.signal(number, self._ignore)
+        self._old_mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
 
     @staticmethod
     def _ignore(_number: int, _frame: FrameType | None) -> None:
@@ -5631,6 +5632,7 @@ class Signals:
 
     def close(self) -> None:
         """Restore what was before."""
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._old_mask)
         signal.set_wakeup_fd(self._old_wakeup)
         for number, handler in self._old_handlers.items():
             signal.signal(number, handler)
@@ -5974,7 +5976,6 @@ PTY_TURN_MS = 2  # and no more than that in this time: 32 MB/s, of which a runaw
 FIRST_CLIENT_MS = 60_000
 DROPS_LOGGED = 16  # with -v: each of the first dropped datagrams has a line
 _SERVER_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGCHLD)
-SESSION_DESCRIPTORS = 4  # beside the socket: a pipe and both ends of the pty, later one of each and what signals take
 EXEC_FAILURE_PAUSE_S = 3  # so that the text can reach the client
 LOCALE_VARIABLES = (
     *("LANG", "LANGUAGE", "LC_CTYPE", "LC_NUMERIC", "LC_TIME", "LC_COLLATE", "LC_MONETARY", "LC_MESSAGES"),
@@ -6175,7 +6176,10 @@ def _run_child(options: ServerOptions, core_limit: tuple[int, int] | None, gate:
         except OSError as error:
             if error.errno != errno.ENOEXEC:
                 raise
-            os.execve("/bin/sh", ["sh", program, *command[1:]], environ)  # a script that does not say by what to run it
+            import shutil
+
+            script = shutil.which(program, path=environ.get("PATH")) or program
+            os.execve("/bin/sh", ["sh", script, *command[1:]], environ)  # it does not say by what to run it
     except OSError as error:
         write_all(1, os.fsencode(f"mosh-server: execvp: {program}: {error.strerror}\r\n"))
         time.sleep(EXEC_FAILURE_PAUSE_S)
@@ -6222,7 +6226,6 @@ class Server:
         self._child = child
         self._log = log
         self._signals = Signals(*_SERVER_SIGNALS)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SERVER_SIGNALS)
         self._started_at = now
         self._network_timeout_ms, self._signal_timeout_ms = (1000 * seconds for seconds in timeouts_s)
         self._pty_open = True
@@ -6382,7 +6385,7 @@ def serve(options: ServerOptions) -> int:
     network_timeout_s = _seconds_from_environment("MOSH_SERVER_NETWORK_TMOUT")
     signal_timeout_s = _seconds_from_environment("MOSH_SERVER_SIGNAL_TMOUT")
     udp = bind_server(options)
-    _check_descriptors()
+    _check_for_pty()
     key = Key(os.urandom(KEY_BYTES))
     if os.isatty(0):
         write_all(1, b"\r\n\n")  # what was typed ahead has been echoed, and must not share our line
@@ -6410,12 +6413,14 @@ def serve(options: ServerOptions) -> int:
     return 0
 
 
-def _check_descriptors() -> None:
-    """Raise OSError if a session would lack descriptors, while somebody is there to read it."""
+def _check_for_pty() -> None:
+    """Raise BootstrapError if a session would lack a pty or descriptors, while somebody is there to read it."""
     held: list[int] = []
     try:
-        while len(held) < SESSION_DESCRIPTORS:
-            held.append(os.open(os.devnull, os.O_RDONLY))
+        held += os.pipe()  # a session begins with a pipe and a pty, and later has no more than that
+        held += os.openpty()
+    except OSError as error:
+        raise BootstrapError(f"a session needs a pty, and none can be opened: {error.strerror}") from None
     finally:
         for descriptor in held:
             os.close(descriptor)
@@ -6853,7 +6858,6 @@ def run_client(
 
     `names`: what to look up again, for addresses of `family`, when the server is no longer where it was.
     """
-    disable_core_dumps()
     forbid_tracing()
     terminal = RawTerminal(terminfo, options.init)
     channel = Channel(make_cipher(key.raw), TO_SERVER)
@@ -6930,8 +6934,8 @@ def _make_client_core(
 # The host needs nothing but a Python. The command line carries a small program, the stager. (On stdin it would cost a
 # round trip: OpenSSH opens a session with a window of zero, so that stdin travels only after the answer to the
 # command.) The stager looks for this very program, by its sha256, in a private cache there; if it is missing, it asks
-# for it on stdin, checks it, compiles it for its Python and keeps that. What travels is source, 80 KB compressed: that
-# is two thirds of the bytecode, and it fits every Python, whichever ones the builder of mosh.pyz had. Compiling takes
+# for it on stdin, checks it, compiles it for its Python and keeps that. What travels is source, 110 KB compressed: that
+# is half of the bytecode, and it fits every Python, whichever ones the builder of mosh.pyz had. Compiling takes
 # 50 to 80 ms, once. Without a usable Python the same command line starts a stock mosh-server.
 #
 # Lines that are ours carry a random token, which no banner and no start-up file can know. `MOSH CONNECT` itself has
@@ -6943,6 +6947,7 @@ REMOTE_IP_MODES = ("auto", "local", "remote", "proxy")
 FAMILIES = ("inet", "inet6", "auto", "all", "prefer-inet", "prefer-inet6")
 _FAMILY_NUMBERS = {"inet": socket.AF_INET, "inet6": socket.AF_INET6}
 _SSH_ADDRESS_WAIT_S = 10
+_PROXIED_NAME_WAIT_MS = 1_000  # for our own resolver, which may ask in vain for what only a jump host knows
 _LINE_LIMIT_BYTES = 1 << 16  # a longer line is no line of ours
 _NOISE_LIMIT_BYTES = 1 << 22  # a host that has printed this much will never come to our command
 _WITH_KEY = r"MOSH CONNECT \S+ \S+"  # security: what looks like a key is not shown
@@ -6950,7 +6955,7 @@ _PROXY_CHUNK_BYTES = 4096
 SILENCE_LIMIT_MS = 30_000  # an open session says something by then, or never; a loaded small machine needs 5 s
 _FAREWELL_S = 0.2  # for ssh, which has usually ended long before the session
 _SENDS_LIMIT = 12  # a Python that cannot use the program is followed by the next one, which may want it too
-_SESSION_POLL_MS = 500  # how often to look whether the session is open, which only sets the clock for that limit
+_SESSION_POLL_MS = 500  # how often to look whether the session is open, which sets the clock for that limit, or over
 PROGRESS_AFTER_MS = 500  # a shorter transfer is nobody's concern
 _PADDING = b"\n" * 16  # for start-up files that read a line; the stager skips what they leave
 
@@ -7316,8 +7321,13 @@ def resolve(host: str, port: int, family: str) -> list[Candidate]:
     unique = dict.fromkeys(Candidate(entry[0], entry[4]) for entry in found if entry[0] in _FAMILY_NAMES)
     if family == "auto" and len({candidate.family for candidate in unique}) > 1:
         raise BootstrapError(f"{host} has both IPv4 and IPv6 addresses, use --family to specify behavior")
+    return preferred_first(unique, family)
+
+
+def preferred_first(candidates: Iterable[Candidate], family: str) -> list[Candidate]:
+    """Return the candidates as they are, but for the family that is preferred, if one is."""
     first = _FAMILY_NUMBERS.get(family.replace("prefer-", ""), 0)
-    return sorted(unique, key=lambda candidate: candidate.family != first)
+    return sorted(candidates, key=lambda candidate: candidate.family != first)
 
 
 def is_here(candidate: Candidate) -> bool:
@@ -7340,6 +7350,7 @@ class Login:
         self._program: Program | None = None
         self.announcement = Announcement(self._token)
         self.names: list[str] = []  # what may be looked up again if the server moves
+        self._has_proxy = False  # so ssh itself may never have looked the name up
         # the processes, and our end of ssh's stdin
         self._process: subprocess.Popen[bytes] | None = None
         self._config_query: subprocess.Popen[bytes] | None = None
@@ -7368,7 +7379,8 @@ class Login:
                 raise BootstrapError(f"{options.host} is no address of this machine, where --local starts the server")
             command = self._local_command()
             environ.pop("SSH_CONNECTION", None)
-            directory = environ.get("HOME")
+            home = environ.get("HOME", "")
+            directory = home if os.path.isdir(home) and os.access(home, os.X_OK) else "/"
             self.announcement.proxy_address = options.host
             self.announcement.take(f"{self._token} SERVER on this machine")
         else:
@@ -7408,7 +7420,7 @@ class Login:
             extra.append("-4" if options.family == "inet" else "-6")
         if options.remote_ip == "proxy":
             proxy = " ".join(map(shell_quote, [*own_program(), f"--family={options.family}", "--fake-proxy", "--"]))
-            extra += ["-S", "none", "-o", f"ProxyCommand={proxy} %h %p"]
+            extra += ["-S", "none", "-o", f"ProxyCommand={proxy.replace('%', '%%')} %h %p"]
         elif options.remote_ip == "local":
             user, at, name = host.rpartition("@")
             address = resolve(name, 22, options.family)[0]
@@ -7480,8 +7492,11 @@ class Login:
         pending = {protected: b"", process.stderr.fileno(): b""}  # the descriptors still open
         while pending and not self.announcement.complete:
             writable = [self._stdin] if self._to_send else []
-            ready = wait(pending, writable, self._next_look())
+            over = protected not in pending
+            ready = wait(pending, writable, self._next_look(over))
             now = monotonic_ms()
+            if over and not ready and process.poll() is not None:
+                break  # something that outlives ssh, its ProxyCommand perhaps, holds stderr open
             if self._stdin in ready:
                 self._write_stdin()
             for descriptor in sorted(ready & pending.keys(), key=lambda each: each != protected):
@@ -7507,12 +7522,12 @@ class Login:
             sent = f", {self._packed_bytes} bytes sent" if self._packed_bytes else ""
             print(f"mosh: started {self._options.server or self.announcement.said['SERVER'][1]}{sent}", file=sys.stderr)
 
-    def _next_look(self) -> int | None:
-        """Return when to stop waiting for the host and look after our own affairs."""
-        if self._options.local:
+    def _next_look(self, over: bool) -> int | None:
+        """Return when to stop waiting for the host, which has nothing more to say if `over`, and look at the rest."""
+        if self._options.local and not over:
             return None
         now = monotonic_ms()
-        if self._heard_at is None:
+        if over or self._heard_at is None:
             return now + _SESSION_POLL_MS
         deadline = self._heard_at + self._options.silence_limit_ms
         return deadline if self._asked_at is None else min(deadline, now + PROGRESS_AFTER_MS // 2)
@@ -7573,7 +7588,10 @@ class Login:
             raise BootstrapError(_RESTRICTED.format(host=host), RESTRICTED_SHELL)
         if not said:
             raise BootstrapError(_OTHER_COMMAND.format(host=host), OTHER_COMMAND)
-        raise BootstrapError(f"the login to {host} worked, but no server announced itself there", status or 1)
+        if status:
+            text = f"the server on {host} did not start (exit status {status}); what was said of it is above"
+            raise BootstrapError(text, status)
+        raise BootstrapError(f"the login to {host} worked, but no server announced itself there")
 
     # -- where to send
 
@@ -7587,15 +7605,32 @@ class Login:
         reasons: list[str] = []
         for name in self.names:
             try:
-                candidates.update(dict.fromkeys(resolve(name, self.announcement.port, self._options.family)))
+                beside = candidates and self._has_proxy and name != self.announcement.address
+                candidates.update(dict.fromkeys(self._resolve_beside(name) if beside else self._resolve(name)))
             except BootstrapError as error:
                 reasons.append(str(error))
         if not candidates:
             raise BootstrapError("; ".join(reasons) or f"no address found for {self._options.host}")
         return list(candidates)
 
+    def _resolve(self, name: str) -> list[Candidate]:
+        return resolve(name, self.announcement.port, self._options.family)
+
+    def _resolve_beside(self, name: str) -> list[Candidate]:
+        """Return the same if it can be had soon; otherwise what the server said of its address has to do."""
+        lookup = Lookup([name], self.announcement.port, _FAMILY_NUMBERS.get(self._options.family, socket.AF_UNSPEC))
+        deadline = monotonic_ms() + _PROXIED_NAME_WAIT_MS
+        found: list[Candidate] = []
+        lookup.start(monotonic_ms())
+        try:
+            while lookup.readable() and monotonic_ms() < deadline:
+                found = lookup.answer(wait(lookup.readable(), (), deadline), monotonic_ms())
+        finally:
+            lookup.close()
+        return preferred_first(found, self._options.family)
+
     def _looked_up_name(self) -> str:
-        """Return the host name that ssh's configuration gives."""
+        """Return the host name that ssh's configuration gives, and note whether it leads there by a proxy."""
         import subprocess
 
         assert self._config_query is not None
@@ -7604,11 +7639,10 @@ class Login:
         except subprocess.TimeoutExpired:
             self._config_query.kill()
             return ""
-        for line in output.decode("utf-8", "replace").splitlines():
-            word, _, value = line.partition(" ")
-            if word.lower() == "hostname":
-                return value.strip()
-        return self._options.host.rpartition("@")[2]
+        lines = (line.partition(" ") for line in output.decode("utf-8", "replace").splitlines())
+        settings = {word.lower(): value.strip() for word, _, value in lines}
+        self._has_proxy = any(settings.get(word, "none") != "none" for word in ("proxyjump", "proxycommand"))
+        return settings.get("hostname") or self._options.host.rpartition("@")[2]
 
     def close(self) -> None:
         """Let go of the processes. After a login ssh may go on for as long as other sessions share its connection."""
@@ -7632,17 +7666,17 @@ class Login:
 def fake_proxy(host: str, port: int, family: str) -> int:
     """Be ssh's ProxyCommand: connect, say where to on stderr, and relay until both sides have finished."""
     reason = ""
-    connection = None
     for candidate in resolve(host, port, family):
         try:
-            connection = socket.create_connection(candidate.sockaddr[:2])
+            connection = socket.socket(candidate.family, socket.SOCK_STREAM)
+            connection.connect(candidate.sockaddr)
             break
         except OSError as error:
             reason = f", last tried {candidate}: {error.strerror}"
-    if connection is None:
+    else:
         raise BootstrapError(f"Could not connect to {host}{reason}")
     token = os.environ.get("MOSH_TOKEN", "MOSH")
-    print(f"{token} IP {connection.getpeername()[0]}", file=sys.stderr, flush=True)
+    print(f"{token} IP {candidate}", file=sys.stderr, flush=True)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     sources = {0, connection.fileno()}
     while connection.fileno() in sources:
@@ -7666,14 +7700,16 @@ def fake_proxy(host: str, port: int, family: str) -> int:
 # ======================================================================================================================
 # Three programs in one file: the wrapper, the server and the client. The last two take the arguments of their stock
 # namesakes, so that stock's wrapper can start them, also under a link of their name. Exit codes: that of the session;
-# 2 for a wrong command line; 127 if the host has no server; 1 or ssh's own for what else goes wrong on the way.
+# 2 for a wrong command line (1 in server and client); those of section 19, ssh's own or 1 for what else goes wrong.
 
 USAGE_ERROR = 2
 _USAGE_HINT = "Try 'mosh.pyz --help'."
 _VERSION_TEXT = f"mosh.py {__version__} (speaks the protocol of mosh 1.4.0)"
-_SERVER_USAGE = """usage: {program} new [-s] [-v] [-i ADDRESS] [-p PORT[:PORT2]] [-c COLORS] [-l NAME=VALUE]
-       [-- COMMAND...]"""
-_CLIENT_USAGE = "usage: {program} IP PORT    (the key is in the environment as MOSH_KEY)\n       {program} -c"
+_USAGES = {
+    "mosh-server": "usage: mosh-server new [-s] [-v] [-i ADDRESS] [-p PORT[:PORT2]] [-c COLORS] [-l NAME=VALUE]\n"
+    "       [-- COMMAND...]",
+    "mosh-client": "usage: mosh-client IP PORT    (the key is in the environment as MOSH_KEY)\n       mosh-client -c",
+}
 
 
 def words_of_ours(words: Sequence[str]) -> list[str]:
@@ -7807,21 +7843,30 @@ def _wrapper_parser() -> argparse.ArgumentParser:
     add("--experimental-remote-ip", dest="remote_ip", metavar="HOW", default="auto", help=" ".join(REMOTE_IP_MODES))
     add("--fake-proxy", dest="fake_proxy", action="store_true", help=argparse.SUPPRESS)
     add("-v", "--verbose", action="count", default=0, help="say which server was started, and what was sent")
-    add("--version", action="store_true", help="print the version and exit; with -v also the build, crypto and widths")
+    add("-V", "--version", action="store_true", help="print the version; with -v also the build, crypto and widths")
     return parser
 
 
 def _normalize(parser: argparse.ArgumentParser, words: Sequence[str]) -> list[str]:
-    """Bring stock's spellings to ours: long names in any case, and with a single dash."""
+    """Bring stock's spellings to ours: in any case, long names with a single dash, `no` without one behind it."""
     known = {option for action in parser._actions for option in action.option_strings}
+
+    def is_long(name: str) -> bool:
+        return any(option.startswith("--" + name) for option in known)
+
     out = []
     for word in words:
         dashes, name, value = re.fullmatch(r"(-*)([^=]*)(.*)", word, re.DOTALL).groups()  # type: ignore[union-attr]
         if value == "=--":  # argparse would take the dashes away and leave no value
             raise UsageError(f"{dashes}{name} needs a value")
-        if dashes == "-" and "--" + name.lower() in known and len(name) > 1:
+        lower = name.lower()
+        if lower.startswith("no") and not is_long(lower) and is_long("no-" + lower[2:]):
+            lower = "no-" + lower[2:]
+        if dashes == "-" and len(name) > 1 and is_long(lower):
             dashes = "--"
-        out.append(dashes + (name.lower() if dashes == "--" else name) + value)
+        if dashes == "--" or (dashes == "-" and "-" + name not in known and "-" + lower in known):
+            name = lower
+        out.append(dashes + name + value)
     return out
 
 
@@ -7840,16 +7885,20 @@ def _parse_wrapper(words: Sequence[str]) -> argparse.Namespace:
     arguments.command += command
     if arguments.version:
         return arguments
-    if not arguments.host:
-        if not command:
-            raise UsageError("no host given")
+    if not arguments.host and command:
         arguments.host, *arguments.command = command
-    if arguments.host.startswith("-"):
-        raise UsageError(f"a host cannot begin with a dash ({arguments.host})")
-    user, at, name = arguments.host.rpartition("@")
-    if not name or (at and not user):
-        raise UsageError(f"user and host are written user@host, not {arguments.host}")
     return arguments
+
+
+def _check_host(text: str) -> None:
+    """Raise UsageError unless `text` can be [user@]host."""
+    if not text:
+        raise UsageError("no host given")
+    if text.startswith("-"):
+        raise UsageError(f"a host cannot begin with a dash ({text})")
+    user, at, name = text.rpartition("@")
+    if not name or (at and not user):
+        raise UsageError(f"user and host are written user@host, not {text}")
 
 
 def _login_options(arguments: argparse.Namespace) -> LoginOptions:
@@ -7877,6 +7926,7 @@ def _login_options(arguments: argparse.Namespace) -> LoginOptions:
         options.ssh = shlex.split(arguments.ssh) or ["ssh"]
     except ValueError as error:
         raise UsageError(f"--ssh: {error}") from None
+    _check_host(options.host)  # last: without a host, one may have been taken for the value of an option
     return options
 
 
@@ -7910,10 +7960,12 @@ def wrapper_main(words: Sequence[str]) -> int:
     login_options = _login_options(arguments)
     terminfo = Terminfo(os.environ.get("TERM", ""))
     RawTerminal(terminfo)  # it is better to learn now than after the login that this is no terminal
+    _be_ready_for_signals()
     login = Login(login_options, terminfo.colors)
     try:
         login.start()
         make_cipher = choose_cipher(os.environ.get("MOSH_CRYPTO", ""))  # 7 to 90 ms, in which ssh is on its way
+        disable_core_dumps()
         key_text, port, candidates = login.finish()
         if arguments.client:
             _exec_client(arguments.client, key_text, candidates[0], port, client_options)
@@ -7926,6 +7978,18 @@ def wrapper_main(words: Sequence[str]) -> int:
         login.close()
 
 
+def _be_ready_for_signals() -> None:
+    """Let SIGTERM and SIGHUP end a login as Ctrl-C does, without leaving an ssh behind that asks for a password."""
+
+    def leave(number: int, _frame: FrameType | None) -> None:
+        sys.exit(128 + number)
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, leave)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a parent that ignores it would hide how ssh ends
+
+
 def _exec_client(program: str, key_text: str, candidate: Candidate, port: int, options: ClientOptions) -> None:
     """Become another client, stock's for example."""
     os.environ["MOSH_KEY"] = key_text
@@ -7934,6 +7998,8 @@ def _exec_client(program: str, key_text: str, candidate: Candidate, port: int, o
         os.environ["MOSH_PREDICTION_OVERWRITE"] = "yes"
     if not options.init:
         os.environ["MOSH_NO_TERM_INIT"] = "1"
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):  # which Python ignores
+        signal.signal(number, signal.SIG_DFL)
     try:
         os.execvp(program, [program, str(candidate), str(port)])
     except OSError as error:
@@ -7943,8 +8009,8 @@ def _exec_client(program: str, key_text: str, candidate: Candidate, port: int, o
 # -- the server
 
 
-def _complain(text: str, usage: str, program: str) -> None:
-    print(f"{program}: {text}\n{usage.format(program=program)}", file=sys.stderr)
+def _complain(text: str, program: str) -> None:
+    print(f"{program}: {text}\n{_USAGES[program]}", file=sys.stderr)
 
 
 def _short_options(words: Sequence[str], with_value: str, flags: str) -> Iterator[tuple[str, str | None]]:
@@ -7978,7 +8044,7 @@ def _parse_server(program: str, words: Sequence[str]) -> ServerOptions:
         own.pop(0)
     for letter, value in _short_options(own, "@ipcl", "sv"):
         if value is None:
-            _complain(f"unknown option -{letter}", _SERVER_USAGE, program)
+            _complain(f"unknown option -{letter}", program)
         elif letter == "i":
             options.bind_address, options.by_ssh = value, False
         elif letter == "s":
@@ -8015,14 +8081,7 @@ def _address_from_ssh() -> str:
 
 def server_main(program: str, words: Sequence[str]) -> int:
     """Be mosh-server."""
-    if _asks_for_text(words, _SERVER_USAGE.format(program=program)):
-        return 0
-    try:
-        options = _parse_server(program, words)
-    except UsageError as error:
-        _complain(str(error), _SERVER_USAGE, program)
-        return 1
-    return serve(options)
+    return 0 if _asks_for_text(words, program) else serve(_parse_server(program, words))
 
 
 # -- the client
@@ -8030,19 +8089,20 @@ def server_main(program: str, words: Sequence[str]) -> int:
 
 def client_main(program: str, words: Sequence[str]) -> int:
     """Be mosh-client."""
-    if _asks_for_text(words, _CLIENT_USAGE.format(program=program)):
+    if _asks_for_text(words, program):
         return 0
+    disable_core_dumps()  # first, since the key is here, and a library that is loaded may crash
     operands: list[str] = []
     for letter, value in _short_options(words, "#", "cv"):
         if letter == "c":
             print(Terminfo(os.environ.get("TERM", "")).colors)
             return 0
         if value is None:
-            raise UsageError(f"unknown option -{letter}; {_CLIENT_USAGE.format(program=program)}")
+            raise UsageError(f"unknown option -{letter}")
         if letter == "":
             operands.append(value)
     if len(operands) != 2:
-        raise UsageError(_CLIENT_USAGE.format(program=program))
+        raise UsageError(f"{len(operands)} arguments instead of IP and PORT")
     host, port_text = operands
     port = parse_port(port_text)
     key_text = take_secret_from_environment("MOSH_KEY")
@@ -8059,13 +8119,13 @@ def client_main(program: str, words: Sequence[str]) -> int:
     return run_client(key, candidates, port, _client_options(None, None, True), terminfo, make_cipher)
 
 
-def _asks_for_text(words: Sequence[str], usage: str) -> bool:
+def _asks_for_text(words: Sequence[str], program: str) -> bool:
     """Print help or version if one of the words before `--` asks for it. Returns whether one did."""
     if _asks_for_version(words):
         return True
     own = words_of_ours(words)
     if "--help" in own or "-h" in own:
-        print(usage)
+        print(_USAGES[program])
         return True
     return False
 
@@ -8089,6 +8149,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return client_main(role, words)
         return wrapper_main(words)
     except UsageError as error:
+        if role:
+            _complain(str(error), role)
+            return 1
         print(f"mosh: {error}\n{_USAGE_HINT}", file=sys.stderr)
         return USAGE_ERROR
     except BootstrapError as error:

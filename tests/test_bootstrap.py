@@ -511,6 +511,30 @@ def test_the_proxy_says_where_it_connected_and_relays_both_ways(listener: socket
     assert received == [request] and finished.stdout == answer
 
 
+def test_the_proxy_reaches_an_address_that_holds_on_one_link_only() -> None:
+    with socket.create_server(_link_local_address(), family=socket.AF_INET6) as listener:
+        host, port = socket.getnameinfo(listener.getsockname(), socket.NI_NUMERICHOST | socket.NI_NUMERICSERV)
+        with subprocess.Popen(
+            [*peers.ours_command(), "--fake-proxy", "--", host, port], stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        ) as proxy:
+            listener.settimeout(LIMIT_SECONDS)
+            listener.accept()[0].close()
+            assert proxy.communicate(timeout=LIMIT_SECONDS) == (b"", f"MOSH IP {host}\n".encode())
+
+
+def _link_local_address() -> tuple[str, int, int, int]:
+    """An address of this machine, for any port, that means nothing without the interface."""
+    try:
+        lines = Path("/proc/net/if_inet6").read_text(encoding="ascii").splitlines()
+    except OSError:
+        lines = []
+    for digits, index, _, scope, *_ in map(str.split, lines):
+        if scope == "20":
+            return socket.inet_ntop(socket.AF_INET6, bytes.fromhex(digits)), 0, 0, int(index, 16)
+    pytest.skip("this machine has no link-local address")
+
+
 def test_the_proxy_names_what_it_could_not_reach(listener: socket.socket) -> None:
     port = listener.getsockname()[1]
     listener.close()
@@ -567,13 +591,43 @@ def test_the_servers_own_word_on_its_address_comes_first(tmp_path: Path) -> None
     assert [candidate.sockaddr for candidate in candidates] == [("10.0.0.9", 60001), (LOOPBACK, 60001)]
 
 
+PROXIED = '[ "$1" = -G ] && { echo "hostname far.invalid"; echo "proxyjump jump"; exit; }\n'
+SAYS_WHERE = STARTS + 'echo "$t ADDRESS 10.0.0.1 50000 10.0.0.9 22"\n' + SAYS_IT
+
+
+def test_a_name_that_only_a_jump_host_knows_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ssh never asks our resolver for it; one that does not answer takes 10 s to say so."""
+    monkeypatch.setattr(mosh, "_PROXIED_NAME_WAIT_MS", 100)
+    monkeypatch.setattr(mosh.Lookup, "_PROGRAM", "import time; time.sleep(1000)")
+    monkeypatch.setattr(socket, "getaddrinfo", _only_numbers(socket.getaddrinfo))
+    candidates = _run_login(PROXIED + SAYS_WHERE, tmp_path)[2]
+    assert [candidate.sockaddr for candidate in candidates] == [("10.0.0.9", 60001)]
+
+
+def _only_numbers(getaddrinfo: Any) -> Any:
+    def resolver(host: Any, *rest: Any) -> Any:
+        assert host != "far.invalid", "it would be waited for"
+        return getaddrinfo(host, *rest)
+
+    return resolver
+
+
+def test_a_name_behind_a_jump_host_that_is_known_here_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mosh.Lookup, "_PROGRAM", f"""
+print({int(socket.AF_INET6)}, '2001:db8::7', 60001, 0, 0)
+print({int(socket.AF_INET)}, '192.0.2.7', 60001)
+""")
+    candidates = _run_login(PROXIED + SAYS_WHERE, tmp_path)[2]
+    assert list(map(str, candidates)) == ["10.0.0.9", "192.0.2.7", "2001:db8::7"]
+
+
 FAILURES: list[tuple[str, int, str]] = [
     ("exit 255", 255, "ssh could not log in to there"),
     ("exit 0", mosh.OTHER_COMMAND, "did not run what mosh asked for"),
     (f"echo 'MOSH CONNECT 60001 {KEY}'", mosh.OTHER_COMMAND, "did not run what mosh asked for"),
     ("exit 127", mosh.RESTRICTED_SHELL, "restricted"),
     (STARTS + "exit 127", 127, "cannot run 'srv'"),
-    (STARTS + "exit 3", 3, "no server announced itself"),
+    (STARTS + "exit 3", 3, r"the server on there did not start \(exit status 3\)"),
     (STARTS + "exit 0", 1, "no server announced itself"),
     (f"{STARTS}echo 'MOSH CONNECT 60001 {KEY}x'", 1, "malformed"),
     (STARTS + 'echo "$t NOSERVER"; exit 127', 127, "no server found on there"),
@@ -592,6 +646,27 @@ def test_a_login_that_fails_is_explained(
         _run_login(LOOKUP + script, tmp_path, silence_limit_ms=1_000)
     assert error.value.status == status
     assert KEY not in str(error.value) + "".join(capfd.readouterr())
+
+
+def test_what_outlives_ssh_is_not_waited_for(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A ProxyCommand, or the shared connection to a jump host, may hold ssh's stderr open, in older ssh for hours."""
+    pid = tmp_path / "pid"
+    script = f"sleep 1000 </dev/null >/dev/null &\necho $! >{pid}; echo 'Permission denied' >&2; exit 255"
+    try:
+        with pytest.raises(mosh.BootstrapError, match="ssh could not log in") as error:
+            _run_login(LOOKUP + script, tmp_path, silence_limit_ms=1_000)
+        assert error.value.status == 255 and capfd.readouterr().err == "Permission denied\n"
+        assert peers.process_alive(int(pid.read_text()))
+    finally:
+        peers.end_process(int(pid.read_text()))
+
+
+def test_our_proxy_may_lie_in_a_folder_of_any_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ssh expands what follows a percent sign, unless that is another one."""
+    monkeypatch.setattr(mosh, "own_program", lambda: ["/a/50%off/mosh.pyz"])
+    command = mosh.Login(_login(host="there", remote_ip="proxy", push=False), 256)._ssh_command()
+    (option,) = (word for word in command if word.startswith("ProxyCommand="))
+    assert option == "ProxyCommand='/a/50%%off/mosh.pyz' '--family=prefer-inet' '--fake-proxy' '--' %h %p"
 
 
 @pytest.mark.parametrize("ports", ["", "2222"])

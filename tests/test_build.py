@@ -22,7 +22,7 @@ import wcwidth
 import build_zipapp
 import peers
 from build_zipapp import BuildError, Interpreter
-from conftest import require_kind
+from conftest import require, require_kind
 from ptys import on_a_terminal
 
 ROOT = Path(build_zipapp.__file__).resolve().parent
@@ -764,3 +764,14 @@ def test_check_builds_nothing(stand_in: Path, tmp_path: Path) -> None:
     shutil.copy(stand_in / "mosh.py", tmp_path)
     assert build_zipapp.main(["--source", str(tmp_path), "--check"]) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["mosh.py"]
+
+
+@pytest.mark.parametrize(("words", "last"), [([], "--local 127.0.0.1"), (["HOST=me@there"], "me@there")])
+def test_make_run_goes_nowhere_unless_it_is_told_to(words: list[str], last: str) -> None:
+    """Some shells and systems have the name of the machine itself in the variable HOST of the environment."""
+    environ = {**os.environ, "HOST": "here", "MAKEFLAGS": ""}
+    shown = subprocess.run(
+        [require("make"), "--dry-run", "run", *words], cwd=peers.REPOSITORY, env=environ, capture_output=True,
+        text=True, check=True,
+    )
+    assert shown.stdout.rstrip().endswith(f"mosh-slim.pyz {last}")

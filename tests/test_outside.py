@@ -213,6 +213,18 @@ def test_a_flood_of_signals_blocks_nothing(signals: mosh.Signals) -> None:
     assert signals.take() == {signal.SIGUSR1}
 
 
+def test_a_signal_that_the_parent_has_blocked_is_heard_until_it_closes() -> None:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+    try:
+        signals = mosh.Signals(signal.SIGUSR1)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert mosh.wait([signals], (), mosh.monotonic_ms() + WAIT_MS) == {signals}
+        signals.close()
+        assert signal.SIGUSR1 in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def test_closing_restores_what_was_before() -> None:
     before = signal.getsignal(signal.SIGUSR1)
     wakeup = signal.set_wakeup_fd(-1)

@@ -188,6 +188,20 @@ def test_a_dying_client_leaves_no_core_file(home: Path) -> None:
     assert list(home.iterdir()) == []
 
 
+def test_a_client_that_crashes_while_it_starts_leaves_no_core_file(home: Path) -> None:
+    """A library that is broken may crash as it is loaded, when the key is already there."""
+    require("sh")
+    (home / "cryptography.py").write_text(
+        "import resource\nprint('soft limit', resource.getrlimit(resource.RLIMIT_CORE)[0], flush=True)\n"
+        "raise ImportError\n", encoding="utf-8",
+    )  # fmt: skip
+    key = mosh.Key(bytes(16)).to_text()
+    words = ["sh", "-c", 'ulimit -c unlimited; exec "$@"', "sh", *peers.client_command("ours", 9)]
+    environ = peers.session_env(home, TERM="xterm", MOSH_KEY=key, PYTHONPATH=str(home))
+    with on_a_terminal(words, environ) as client:
+        assert client.read_until(lambda output: b"\n" in output).startswith(b"soft limit 0\r\n")
+
+
 @needs_prctl
 def test_neither_end_can_be_traced_but_the_program_can(home: Path) -> None:
     """What a process is at the moment at which it would begin to serve."""

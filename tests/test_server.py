@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -337,6 +338,19 @@ def _hears_on(port: int, pid: int) -> bool:
     return bool(sockets & set(_descriptors(pid).values()))
 
 
+def test_a_host_without_ptys_is_named_before_anything_is_announced(home: Path) -> None:
+    """As in a container that lacks /dev/pts."""
+    hidden = ["unshare", "-rm", "sh", "-ec", 'mount --bind /dev/null /dev/ptmx; exec "$@"', "sh"]
+    if shutil.which("unshare") is None or subprocess.run([*hidden, "true"], stderr=subprocess.DEVNULL).returncode:
+        pytest.skip("this system lets a test mount nothing (unshare -rm)")
+    finished = subprocess.run(
+        [*hidden, *peers.server_command("ours", "-p", "0")], env=session_env(home), stdin=subprocess.DEVNULL,
+        capture_output=True, text=True, timeout=LIMIT_SECONDS,
+    )
+    assert (finished.returncode, finished.stdout) == (1, "")
+    assert finished.stderr.startswith("mosh: a session needs a pty") and finished.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize("environ", [
     {"LANG": None}, {"LANG": "C"}, {"LC_ALL": "C"}, {"LC_ALL": "POSIX"}, {"LC_ALL": "xx_XX"}, {"LC_CTYPE": "C"},
 ], ids=str)  # fmt: skip
@@ -469,6 +483,15 @@ def test_the_program_finds_its_signals_as_a_login_would(start: Start) -> None:
 def test_a_program_that_cannot_run_is_named(start: Start) -> None:
     with Session(start(command=("/no/such/program",))[1]) as session:
         session.wait_for("/no/such/program: No such file")
+
+
+def test_a_script_on_path_that_does_not_say_by_what_to_run_it_is_run_by_sh(start: Start, tmp_path: Path) -> None:
+    script = tmp_path / "plain-script"
+    script.write_text('echo "$1 said"; cat\n', encoding="utf-8")
+    script.chmod(0o755)
+    server = start(command=(script.name, "all"), PATH=f"{tmp_path}:{os.environ['PATH']}")[1]
+    with Session(server) as session:
+        session.wait_for("all said")
 
 
 def test_the_end_of_the_program_ends_the_session(start: Start) -> None:
