@@ -252,7 +252,7 @@ def inflate(data: bytes) -> bytes:
 #
 #     nonce = 4 zero bytes, then (direction << 63 | sequence number) as 8 bytes
 #
-# The sequence number grows by one for every datagram sent, also for a retransmission. It is never set back: the
+# The sequence number grows by one for every datagram sent, also for a retransmission. It is never set back. The
 # channel belongs to one process: it is made after the last fork, and should there be another, the copy is retired.
 #
 # We write no cipher. Two libraries can serve: the `cryptography` package, or the OpenSSL libcrypto that the
@@ -751,7 +751,7 @@ class DatagramLayer:
             return False
         if now - self.last_heard_at <= ASSOCIATION_MS:
             return False
-        self.peers = []
+        self.peers, self.allowance_bytes = [], None  # there is no address left that a late ack could prove
         return True
 
     @property
@@ -1198,7 +1198,9 @@ class Sender(Generic[Local]):
         if not ack_due and (self._next_send_at is None or now < self._next_send_at):
             return None
         base, diff = self._best_diff()
-        if not diff and not ack_due and self.current == self.sent[-1].state:
+        last = self.sent[-1]
+        if not diff and not ack_due and (last is self.sent[0] or self.current == last.state):
+            self.sent[0].state = self.current  # which may differ from it in what no diff can tell
             self._next_send_at = self._changed_at = None
             return None
         state, diff = self._sendable(base.state, diff)
@@ -1239,8 +1241,8 @@ class Sender(Generic[Local]):
 
     def _send(self, base: NumberedState[Local], diff: bytes, now: int, state: Local) -> Instruction:
         last = self.sent[-1]
-        # an empty ack takes a number of its own, and so does a probe
-        retransmission = diff not in (b"", PROBE_DIFF) and state == last.state and not self.hurried
+        # an empty ack takes a number of its own, and so does a probe, and what makes no state differ but has a diff
+        retransmission = diff not in (b"", PROBE_DIFF) and state == last.state and base is not last and not self.hurried
         is_last = self.shutdown_at is not None and diff != PROBE_DIFF
         num = LAST_STATE_NUM if is_last else last.num if retransmission else last.num + 1
         if num == last.num:
@@ -1546,8 +1548,6 @@ class Transport(Generic[Local, Remote]):
 
 INVALID_CHAR = "\ufffd"
 
-# Where `mbrtowc` and Python's decoder part: overlong forms, surrogates, and leads beyond U+10FFFF.
-
 
 class LazyPattern:
     """A regular expression that is compiled when it is first used; its methods are then those of the compiled one."""
@@ -1566,6 +1566,7 @@ def lazy_pattern(source: AnyStr, flags: int = 0) -> re.Pattern[AnyStr]:
     return LazyPattern(source, flags)  # type: ignore[return-value]
 
 
+# Where `mbrtowc` and Python's decoder part: overlong forms, surrogates, and leads beyond U+10FFFF.
 _ODD_FORM = lazy_pattern(
     rb"\xe0[\x80-\x9f]|\xed[\xa0-\xbf]|\xf0[\x80-\x8f]|\xf4[\x90-\xbf]|[\xf5-\xfd](?:[\x80-\xbf]|\Z)"
 )
@@ -1713,7 +1714,7 @@ def char_width(char: str) -> int:
     """Return the number of columns of one character: 1, 2, 0 if it combines, -1 if it is not printable at all."""
     if " " <= char <= "~" or "\xa0" <= char <= "\xff":
         return 1
-    if char < " " or char < "\xa0":
+    if char < "\xa0":
         return -1
     starts, verdicts = _width_exceptions()
     verdict = verdicts[bisect.bisect(starts, ord(char)) - 1]

@@ -184,6 +184,16 @@ def test_an_idle_session_costs_two_datagrams_in_three_seconds(sim: Simulation) -
     assert [new - old for old, new in zip(before, after)] == [20, 20]
 
 
+@pytest.mark.parametrize("output", ["\x1b[?1007h", "\x1b[?1007h\x1b[?25l", "\x1b]1;icon name\x07"])
+def test_what_the_client_cannot_see_costs_no_more_than_a_heartbeat(sim: Simulation, output: str) -> None:
+    sim.run(ms=1_000)
+    before = len(sim.datagrams(mosh.TO_CLIENT))
+    sim.server.write(output.encode())
+    sim.run(ms=6_000)
+    assert len(sim.datagrams(mosh.TO_CLIENT)) - before <= 3
+    assert "mosh" not in sim.client.seen.text
+
+
 def test_a_flood_is_shown_at_most_twice_per_frame_interval(sim: Simulation) -> None:
     sim.link.delay_ms = 50
     sim.run(ms=2_000)
@@ -379,6 +389,28 @@ def test_a_program_that_ends_just_as_the_client_roams_ends_the_session(sim: Simu
     sim.server.quit()
     sim.run(ms=2_000)
     assert sim.ended
+
+
+def test_a_proof_that_comes_when_the_address_has_been_forgotten_harms_nothing(sim: Simulation) -> None:
+    """The first of two fragments that prove where the client has moved is on its way for a minute."""
+    sim.run(ms=1_000)
+    sim.client.move_to(NEW_ADDRESS)
+    sim.client.type("x")
+    sim.run_until(lambda: sim.server.peer == NEW_ADDRESS, limit_ms=100)
+    sim.link.blocked = {mosh.TO_SERVER}
+    sim.run(ms=30)
+    assert sim.client.core.transport.sender.ack_num >= sim.server.core.transport._proof_num
+    sim.client.type(bytes(sim.random.choices(range(0x21, 0x7F), k=1_800)))
+    sim.run(ms=3)
+    first, second = sim.datagrams(mosh.TO_SERVER)[-2:]
+    sim.inject(sim.server, second, NEW_ADDRESS)
+    sim.run(ms=60_000)
+    sim.server.write(b"still here")
+    sim.run(ms=100)
+    assert sim.server.peer is None
+    sim.inject(sim.server, first, NEW_ADDRESS)
+    sim.link.heal()
+    sim.run_until(lambda: sim.settled, limit_ms=4_000)
 
 
 # -- the bar

@@ -641,6 +641,46 @@ def test_nothing_changes_when_a_change_is_taken_back_in_time() -> None:
     assert peer.listen(until=2_000) == []
 
 
+class Marked(Note):
+    """A note with a mark, which makes it another one or is in its diffs."""
+
+    def __init__(self, text: str = "", mark: str = "", *, differs: bool = True) -> None:
+        super().__init__(text)
+        self.mark = mark
+        self._differs = differs
+
+    def __eq__(self, other: object) -> bool:
+        return super().__eq__(other) and not (self._differs and self.mark != getattr(other, "mark", ""))
+
+    __hash__ = None
+
+    def diff_from(self, base: Note) -> bytes:
+        if self._differs:
+            return b"" if self.text == base.text else super().diff_from(base)
+        return super().diff_from(base) or (b">" + self.mark.encode() if self is not base else b"")
+
+
+@pytest.mark.parametrize("ack_is_due", [False, True])
+def test_what_no_diff_can_tell_is_not_told_and_not_tried_again(ack_is_due: bool) -> None:
+    """The loop of an end would run without a pause otherwise, until the next ack."""
+    peer = _connected(rtt_ms=40)
+    peer.now = 1_000
+    if ack_is_due:
+        peer.transport.hurry(peer.now)
+    for mark in ("one", "two"):
+        peer.transport.set_current(Marked("", mark), now=peer.now)
+        heard = peer.listen(until=peer.now + 500)  # which sees to it that there are pauses
+        assert [diff for *_, diff in heard] == [""] * ack_is_due
+
+
+def test_a_diff_between_states_that_are_alike_waits_for_a_heartbeat_and_has_a_number_of_its_own() -> None:
+    """A diff from a state to itself would be taken for a repeat: the peer would have no heartbeat at all."""
+    peer = _connected(rtt_ms=40)
+    peer.transport.set_current(Marked("", "icon", differs=False), now=1_000)
+    (heartbeat,) = peer.listen(until=3_500)
+    assert heartbeat[2] == heartbeat[1] + 1 and heartbeat[-1] == ">icon"
+
+
 def test_asking_when_changes_nothing() -> None:
     peer = _connected()
     peer.transport.set_current(Note("a"), now=1_000)
