@@ -3631,15 +3631,15 @@ class Resize:
         return encode_field(RESIZE_WIDTH, self.width) + encode_field(RESIZE_HEIGHT, self.height)
 
     @classmethod
-    def decode(cls, data: bytes) -> Resize:
-        """Parse a ResizeMessage. Raises PacketError if a size is out of range."""
+    def decode(cls, data: bytes, *, smallest: int = 1) -> Resize:
+        """Parse a ResizeMessage; sizes from `smallest` on are brought to at least 1. Raises PacketError."""
         size = dict(decode_fields(data))
-        width, height = size.get(RESIZE_WIDTH, 0), size.get(RESIZE_HEIGHT, 0)
+        width, height = size.get(RESIZE_WIDTH), size.get(RESIZE_HEIGHT)
         if not (isinstance(width, int) and isinstance(height, int)):
             raise PacketError("resize is malformed")
-        if not (1 <= width <= SIZE_LIMIT and 1 <= height <= SIZE_LIMIT):
+        if not (smallest <= width <= SIZE_LIMIT and smallest <= height <= SIZE_LIMIT):
             raise PacketError(f"resize to {width}x{height} is out of range")
-        return cls(width, height)
+        return cls(max(1, width), max(1, height))
 
 
 class Hello:
@@ -3766,7 +3766,8 @@ class UserStream:
             if USER_KEYSTROKE in fields:
                 events += _bytes_field(fields[USER_KEYSTROKE], KEYSTROKE_KEYS)
             elif USER_RESIZE in fields:
-                events.append(Resize.decode(fields[USER_RESIZE]))
+                # A stock client reports a window of 0x0, and all later keys come with that: they cannot be refused.
+                events.append(Resize.decode(fields[USER_RESIZE], smallest=0))
             elif HELLO in fields:
                 events.append(Hello.decode(fields[HELLO]))
         return self.with_events(events)
