@@ -956,13 +956,15 @@ class FragmentAssembly:
 # pieces it has, so under steady output none would ever be whole.
 #
 # Repeating. An ack may take an RTO, which covers the way, and ACK_DELAY_MS, which the peer may wait for data to carry
-# it; then what was sent is taken for lost and sent again, and after that once per RTO. Three things change this:
+# it; then what was sent is taken for lost and sent again, and after that once per RTO. Four things change this:
 #
 # - A newer datagram of the peer, an RTO after ours, that does not acknowledge it: ours was lost and goes again at once.
 #   If it says what we know, it was our ack that was lost, and that is said again.
 # - Gaps in the peer's sequence numbers: the path is lossy. Then a small diff goes twice in quick succession and again
 #   after each RTO. At RTT 100 ms with 29 % loss each way a key takes 128 ms to its echo in the mean, 220 with stock's
 #   rules, for 1.3 times the bytes (tests/bench_simulated.py). A third copy makes it 117 ms for 1.8 times the bytes.
+# - A large diff that is not acknowledged though the peer is heard: on a narrow path with a short queue fragments are
+#   lost each time, and always the same ones. Then the state goes by parts, each when the last one is acknowledged.
 # - Nothing: as long as no ack comes, the interval grows to a third of the wait, up to ACK_INTERVAL_MS. It stretches
 #   the pacing as well, so frames to a peer that is out of reach become rare, and keys, which are cheap, do not. The
 #   first datagram heard again ends it: what the peer lacks is sent at once, see above.
@@ -1002,6 +1004,10 @@ RECEIVED_LIMIT = 1_024  # states kept for the peer's diffs; beyond it only one m
 RECEIVED_LIMIT_WEIGHT = 1 << 25  # the same for what they weigh together: 1024 screens of 180x180, 32 of a million cells
 QUENCH_MS = 15_000
 DIFF_LIMIT_BYTES = INSTRUCTION_LIMIT_BYTES - 1_024  # beyond it a state is sent by parts; 100,000 cells of two colours
+PART_BYTES = 8_000  # the same for a path on which larger diffs are lost; each ack doubles it
+PART_TRIES = 3  # so often a large diff is tried in vain before it is cut,
+PART_PATIENCE_MS = 1_000  # for so long and twice the time that an ack may take; the path may have become longer
+OUTAGE_MS = ACK_INTERVAL_MS + 1_000  # a peer silent for so long can hear nothing, large or small
 RESEND_LIMIT_BYTES, RESEND_EXTRA_BYTES = 1_000, 100  # diff from what is known to be there if it costs no more than this
 
 # While an address may not be sent much (section 5), a diff that is too large waits, and a probe goes instead: a diff
@@ -1068,6 +1074,12 @@ class Sender(Generic[Local]):
         self._resend_now = False  # the peer has been heard, and lacks what it should have by now
         self._last_diff_bytes = 0
         self._copies = 0  # how often the last state has been sent
+        self.may_step_back = True  # the peer bears a state that holds less than an earlier one that has arrived
+        self._path_limit_bytes = DIFF_LIMIT_BYTES  # of a diff; less after PART_TRIES in vain
+        self._large_tries = 0  # diffs beyond PART_BYTES sent since the last ack
+        self._large_since = now  # when the first of them was sent
+        self._part: NumberedState[Local] | None = None  # a part of a state, behind which the rest waits for the ack
+        self._heard_at = now  # when the peer last said something new
         self._debt_bytes = 0.0  # sent and not yet paid off, at PACING_BYTES per frame interval
         self._debt_at = now
         self._next_send_at: int | None = None
@@ -1082,12 +1094,13 @@ class Sender(Generic[Local]):
 
     def update_timers(self, now: int) -> None:
         """Work out anew what to assume and when to send."""
-        self._assumed = self.sent[0] if self.hurried else self._assume(now)
+        last = self.sent[-1]
+        part_waits = last is self._part and last is not self.sent[0]
+        self._assumed = self.sent[0] if self.hurried or part_waits else self._assume(now)
         self.current.forget_before(self.sent[0].state)
         if self.data_ack_due:
             self._next_ack_at = min(self._next_ack_at, now + ACK_DELAY_MS)
-        last = self.sent[-1]
-        if self.current != last.state:
+        if self.current != last.state and not part_waits:
             if self._changed_at is None:
                 self._changed_at = now
             turn_at = self._debt_at + self._pacing_ms()
@@ -1203,6 +1216,7 @@ class Sender(Generic[Local]):
             self.sent[0].state = self.current  # which may differ from it in what no diff can tell
             self._next_send_at = self._changed_at = None
             return None
+        self._judge_path(now)
         state, diff = self._sendable(base.state, diff)
         if room_bytes is None or 0 < len(diff) <= room_bytes:
             return self._send(base, diff, now, state)
@@ -1228,10 +1242,18 @@ class Sender(Generic[Local]):
                 return self.sent[0], full
         return base, diff
 
+    def _judge_path(self, now: int) -> None:
+        """Decide whether what is large goes by parts."""
+        if now - self._heard_at > OUTAGE_MS or not self.may_step_back or self.sent[-1].num == LAST_STATE_NUM:
+            self._large_tries, self._path_limit_bytes = 0, DIFF_LIMIT_BYTES
+        patience_ms = max(PART_PATIENCE_MS, 2 * self.patience_ms)
+        if self._large_tries >= PART_TRIES and now - self._large_since >= patience_ms:
+            self._path_limit_bytes = PART_BYTES
+
     def _sendable(self, base: Local, diff: bytes) -> tuple[Local, bytes]:
         """Return the state to send and its diff from `base`: `current`, or one on the way there if that is too far."""
         state = self.current
-        while len(diff) > DIFF_LIMIT_BYTES:
+        while len(diff) > min(self._path_limit_bytes, DIFF_LIMIT_BYTES):
             nearer = state.part_way(base)
             shorter = nearer.diff_from(base)
             if len(shorter) >= len(diff):
@@ -1243,7 +1265,8 @@ class Sender(Generic[Local]):
         last = self.sent[-1]
         # an empty ack takes a number of its own, and so does a probe, and what makes no state differ but has a diff
         retransmission = diff not in (b"", PROBE_DIFF) and state == last.state and base is not last and not self.hurried
-        is_last = self.shutdown_at is not None and diff != PROBE_DIFF
+        is_whole = state is self.current or last.num == LAST_STATE_NUM
+        is_last = self.shutdown_at is not None and is_whole and diff != PROBE_DIFF
         num = LAST_STATE_NUM if is_last else last.num if retransmission else last.num + 1
         if num == last.num:
             last.at = now
@@ -1253,6 +1276,11 @@ class Sender(Generic[Local]):
             self.sent.append(NumberedState(num, now, state))
             if len(self.sent) > SENT_LIMIT:
                 del self.sent[-SENT_DROP]
+        if len(diff) > PART_BYTES:
+            self._large_since = self._large_since if self._large_tries else now
+            self._large_tries += 1
+        is_part = not is_whole and self._path_limit_bytes < DIFF_LIMIT_BYTES and diff != PROBE_DIFF
+        self._part = self.sent[-1] if is_part else None
         if state is self.current:
             self._fresh_bytes = 0
             if self._typed_at is not None and now >= self._silent_at(self._typed_at):
@@ -1274,6 +1302,8 @@ class Sender(Generic[Local]):
             if entry.num == ack_num and i > 0:
                 del self.sent[:i]
                 self._unacked_since = None if self.sent[-1].state == entry.state else now
+                self._large_tries = 0
+                self._path_limit_bytes = min(2 * self._path_limit_bytes, DIFF_LIMIT_BYTES)
                 return
 
     def peer_heard(self, instruction: Instruction, unprompted: bool, now: int) -> None:
@@ -1281,6 +1311,7 @@ class Sender(Generic[Local]):
 
         `unprompted`: see DatagramLayer.
         """
+        self._heard_at = now
         if now - self.sent[-1].at >= self._round_trip.rto_ms:
             self.resend()
             self._unacked_since = self._unacked_since and now  # it can be reached again: what follows need not wait
@@ -4929,6 +4960,7 @@ class ClientCore:
         self._port = port
         self.icmp_error = ""  # the newest that counts
         self._stream = self.transport.sender.current
+        self.transport.sender.may_step_back = False  # a stock server would abort; ours says Hello
         # the user's keys
         self._escape_key = escape_key or EscapeKey(None)
         self._in_command = False
@@ -4960,6 +4992,7 @@ class ClientCore:
             self.roaming.heard(source, now, datagrams.last_round_trip_at)
             if searching and not self.roaming.searching:
                 self.transport.hurry(now)  # until it hears from us again, the server may not send us much
+        self.transport.sender.may_step_back = self.transport.remote.state.hello is not None
         if was_connecting and self.phase is Phase.CONNECTED and not self._in_command:
             self.bar.set_message("", now, permanent=True)  # the notice of a missing answer
         self.bar.last_heard_at = self.transport.remote.at

@@ -121,6 +121,25 @@ def test_a_path_that_drops_large_packets_silently_delays_a_screen_and_a_paste_by
     assert all(small - usual < 1_000 for small, usual in zip(took_ms[600], took_ms[1_500])), took_ms
 
 
+@pytest.mark.parametrize(("rate_bytes_per_s", "buffer_bytes", "limit_ms"), [
+    (125_000, 16_000, 6_000), (12_500, 8_000, 40_000),
+], ids=["1 Mbit/s", "100 kbit/s"])
+def test_a_paste_and_a_screen_larger_than_the_buffer_of_a_narrow_link_arrive(
+    sim: Simulation, rate_bytes_per_s: int, buffer_bytes: int, limit_ms: int
+) -> None:
+    """Sent as a whole they would lose the same fragments each time, and everything behind them would wait for ever."""
+    sim.client.type("quiet\r")
+    sim.run(ms=2_000)
+    sim.link.rate_bytes_per_s, sim.link.buffer_bytes = rate_bytes_per_s, buffer_bytes
+    sim.client.type(bytes(sim.random.choices(range(0x21, 0x7F), k=60_000)))
+    sim.run_until(lambda: sim.server.program.received == sim.client.typed, limit_ms=limit_ms)
+    sim.client.resize(120, 40)
+    sim.run(ms=2_000)
+    colours = (bytes(sim.random.choices(range(0x30, 0x3A), k=2)) for _ in range(120 * 39))
+    sim.server.write(b"\x1b[H" + b"".join(b"\x1b[38;2;1%b;%b;3m%b" % (two, two[:1], two[1:]) for two in colours))
+    sim.run_until(lambda: sim.client.screen == sim.server.screen, limit_ms=limit_ms)
+
+
 def test_large_datagrams_are_used_again_when_the_path_carries_them_again(sim: Simulation) -> None:
     sim.link.path_mtu_bytes = 600
     sim.client.type("noise 600\r")
