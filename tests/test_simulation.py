@@ -140,6 +140,22 @@ def test_a_paste_and_a_screen_larger_than_the_buffer_of_a_narrow_link_arrive(
     sim.run_until(lambda: sim.client.screen == sim.server.screen, limit_ms=limit_ms)
 
 
+def test_parts_of_what_has_arrived_as_a_whole_double_no_key(sim: Simulation) -> None:
+    """The server has the paste and its acks are lost, so the client takes its path for narrow."""
+    sim.client.type("quiet\r")
+    sim.run(ms=2_500)
+    sim.link.blocked = {mosh.TO_CLIENT}
+    sim.client.type(bytes(sim.random.choices(range(0x21, 0x7F), k=30_000)))
+    sim.run(ms=1_500)
+    received = sim.server.core.transport.receiver.states
+    assert len(sim.server.program.received) > 30_000 and received[-1].state.length < received[-2].state.length
+    sim.client.type("more\r", every_ms=30)
+    sim.link.heal()
+    sim.run_until(lambda: sim.settled, limit_ms=5_000)
+    sim.run(ms=2_000)
+    assert sim.server.program.received == sim.client.typed
+
+
 def test_large_datagrams_are_used_again_when_the_path_carries_them_again(sim: Simulation) -> None:
     sim.link.path_mtu_bytes = 600
     sim.client.type("noise 600\r")
