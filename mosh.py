@@ -252,7 +252,7 @@ def inflate(data: bytes) -> bytes:
 #
 #     nonce = 4 zero bytes, then (direction << 63 | sequence number) as 8 bytes
 #
-# The sequence number grows by one for every datagram sent, also for a retransmission. It is never set back: the
+# The sequence number grows by one for every datagram sent, also for a retransmission. It is never set back. The
 # channel belongs to one process: it is made after the last fork, and should there be another, the copy is retired.
 #
 # We write no cipher. Two libraries can serve: the `cryptography` package, or the OpenSSL libcrypto that the
@@ -751,7 +751,7 @@ class DatagramLayer:
             return False
         if now - self.last_heard_at <= ASSOCIATION_MS:
             return False
-        self.peers = []
+        self.peers, self.allowance_bytes = [], None  # there is no address left that a late ack could prove
         return True
 
     @property
@@ -956,13 +956,15 @@ class FragmentAssembly:
 # pieces it has, so under steady output none would ever be whole.
 #
 # Repeating. An ack may take an RTO, which covers the way, and ACK_DELAY_MS, which the peer may wait for data to carry
-# it; then what was sent is taken for lost and sent again, and after that once per RTO. Three things change this:
+# it; then what was sent is taken for lost and sent again, and after that once per RTO. Four things change this:
 #
 # - A newer datagram of the peer, an RTO after ours, that does not acknowledge it: ours was lost and goes again at once.
 #   If it says what we know, it was our ack that was lost, and that is said again.
 # - Gaps in the peer's sequence numbers: the path is lossy. Then a small diff goes twice in quick succession and again
 #   after each RTO. At RTT 100 ms with 29 % loss each way a key takes 128 ms to its echo in the mean, 220 with stock's
 #   rules, for 1.3 times the bytes (tests/bench_simulated.py). A third copy makes it 117 ms for 1.8 times the bytes.
+# - A large diff that is not acknowledged though the peer is heard: on a narrow path with a short queue fragments are
+#   lost each time, and always the same ones. Then the state goes by parts, each when the last one is acknowledged.
 # - Nothing: as long as no ack comes, the interval grows to a third of the wait, up to ACK_INTERVAL_MS. It stretches
 #   the pacing as well, so frames to a peer that is out of reach become rare, and keys, which are cheap, do not. The
 #   first datagram heard again ends it: what the peer lacks is sent at once, see above.
@@ -1002,6 +1004,10 @@ RECEIVED_LIMIT = 1_024  # states kept for the peer's diffs; beyond it only one m
 RECEIVED_LIMIT_WEIGHT = 1 << 25  # the same for what they weigh together: 1024 screens of 180x180, 32 of a million cells
 QUENCH_MS = 15_000
 DIFF_LIMIT_BYTES = INSTRUCTION_LIMIT_BYTES - 1_024  # beyond it a state is sent by parts; 100,000 cells of two colours
+PART_BYTES = 8_000  # the same for a path on which larger diffs are lost; each ack doubles it
+PART_TRIES = 3  # so often a large diff is tried in vain before it is cut,
+PART_PATIENCE_MS = 1_000  # for so long and twice the time that an ack may take; the path may have become longer
+OUTAGE_MS = ACK_INTERVAL_MS + 1_000  # a peer silent for so long can hear nothing, large or small
 RESEND_LIMIT_BYTES, RESEND_EXTRA_BYTES = 1_000, 100  # diff from what is known to be there if it costs no more than this
 
 # While an address may not be sent much (section 5), a diff that is too large waits, and a probe goes instead: a diff
@@ -1068,6 +1074,12 @@ class Sender(Generic[Local]):
         self._resend_now = False  # the peer has been heard, and lacks what it should have by now
         self._last_diff_bytes = 0
         self._copies = 0  # how often the last state has been sent
+        self.may_step_back = True  # the peer bears a state that holds less than an earlier one that has arrived
+        self._path_limit_bytes = DIFF_LIMIT_BYTES  # of a diff; less after PART_TRIES in vain
+        self._large_tries = 0  # diffs beyond PART_BYTES sent since the last ack
+        self._large_since = now  # when the first of them was sent
+        self._part: NumberedState[Local] | None = None  # a part of a state, behind which the rest waits for the ack
+        self._heard_at = now  # when the peer last said something new
         self._debt_bytes = 0.0  # sent and not yet paid off, at PACING_BYTES per frame interval
         self._debt_at = now
         self._next_send_at: int | None = None
@@ -1082,12 +1094,13 @@ class Sender(Generic[Local]):
 
     def update_timers(self, now: int) -> None:
         """Work out anew what to assume and when to send."""
-        self._assumed = self.sent[0] if self.hurried else self._assume(now)
+        last = self.sent[-1]
+        part_waits = last is self._part and last is not self.sent[0]
+        self._assumed = self.sent[0] if self.hurried or part_waits else self._assume(now)
         self.current.forget_before(self.sent[0].state)
         if self.data_ack_due:
             self._next_ack_at = min(self._next_ack_at, now + ACK_DELAY_MS)
-        last = self.sent[-1]
-        if self.current != last.state:
+        if self.current != last.state and not part_waits:
             if self._changed_at is None:
                 self._changed_at = now
             turn_at = self._debt_at + self._pacing_ms()
@@ -1198,9 +1211,12 @@ class Sender(Generic[Local]):
         if not ack_due and (self._next_send_at is None or now < self._next_send_at):
             return None
         base, diff = self._best_diff()
-        if not diff and not ack_due and self.current == self.sent[-1].state:
+        last = self.sent[-1]
+        if not diff and not ack_due and (last is self.sent[0] or self.current == last.state):
+            self.sent[0].state = self.current  # which may differ from it in what no diff can tell
             self._next_send_at = self._changed_at = None
             return None
+        self._judge_path(now)
         state, diff = self._sendable(base.state, diff)
         if room_bytes is None or 0 < len(diff) <= room_bytes:
             return self._send(base, diff, now, state)
@@ -1226,10 +1242,18 @@ class Sender(Generic[Local]):
                 return self.sent[0], full
         return base, diff
 
+    def _judge_path(self, now: int) -> None:
+        """Decide whether what is large goes by parts."""
+        if now - self._heard_at > OUTAGE_MS or not self.may_step_back or self.sent[-1].num == LAST_STATE_NUM:
+            self._large_tries, self._path_limit_bytes = 0, DIFF_LIMIT_BYTES
+        patience_ms = max(PART_PATIENCE_MS, 2 * self.patience_ms)
+        if self._large_tries >= PART_TRIES and now - self._large_since >= patience_ms:
+            self._path_limit_bytes = PART_BYTES
+
     def _sendable(self, base: Local, diff: bytes) -> tuple[Local, bytes]:
         """Return the state to send and its diff from `base`: `current`, or one on the way there if that is too far."""
         state = self.current
-        while len(diff) > DIFF_LIMIT_BYTES:
+        while len(diff) > min(self._path_limit_bytes, DIFF_LIMIT_BYTES):
             nearer = state.part_way(base)
             shorter = nearer.diff_from(base)
             if len(shorter) >= len(diff):
@@ -1239,9 +1263,10 @@ class Sender(Generic[Local]):
 
     def _send(self, base: NumberedState[Local], diff: bytes, now: int, state: Local) -> Instruction:
         last = self.sent[-1]
-        # an empty ack takes a number of its own, and so does a probe
-        retransmission = diff not in (b"", PROBE_DIFF) and state == last.state and not self.hurried
-        is_last = self.shutdown_at is not None and diff != PROBE_DIFF
+        # an empty ack takes a number of its own, and so does a probe, and what makes no state differ but has a diff
+        retransmission = diff not in (b"", PROBE_DIFF) and state == last.state and base is not last and not self.hurried
+        is_whole = state is self.current or last.num == LAST_STATE_NUM
+        is_last = self.shutdown_at is not None and is_whole and diff != PROBE_DIFF
         num = LAST_STATE_NUM if is_last else last.num if retransmission else last.num + 1
         if num == last.num:
             last.at = now
@@ -1251,6 +1276,11 @@ class Sender(Generic[Local]):
             self.sent.append(NumberedState(num, now, state))
             if len(self.sent) > SENT_LIMIT:
                 del self.sent[-SENT_DROP]
+        if len(diff) > PART_BYTES:
+            self._large_since = self._large_since if self._large_tries else now
+            self._large_tries += 1
+        is_part = not is_whole and self._path_limit_bytes < DIFF_LIMIT_BYTES and diff != PROBE_DIFF
+        self._part = self.sent[-1] if is_part else None
         if state is self.current:
             self._fresh_bytes = 0
             if self._typed_at is not None and now >= self._silent_at(self._typed_at):
@@ -1272,6 +1302,8 @@ class Sender(Generic[Local]):
             if entry.num == ack_num and i > 0:
                 del self.sent[:i]
                 self._unacked_since = None if self.sent[-1].state == entry.state else now
+                self._large_tries = 0
+                self._path_limit_bytes = min(2 * self._path_limit_bytes, DIFF_LIMIT_BYTES)
                 return
 
     def peer_heard(self, instruction: Instruction, unprompted: bool, now: int) -> None:
@@ -1279,6 +1311,7 @@ class Sender(Generic[Local]):
 
         `unprompted`: see DatagramLayer.
         """
+        self._heard_at = now
         if now - self.sent[-1].at >= self._round_trip.rto_ms:
             self.resend()
             self._unacked_since = self._unacked_since and now  # it can be reached again: what follows need not wait
@@ -1546,8 +1579,6 @@ class Transport(Generic[Local, Remote]):
 
 INVALID_CHAR = "\ufffd"
 
-# Where `mbrtowc` and Python's decoder part: overlong forms, surrogates, and leads beyond U+10FFFF.
-
 
 class LazyPattern:
     """A regular expression that is compiled when it is first used; its methods are then those of the compiled one."""
@@ -1566,6 +1597,7 @@ def lazy_pattern(source: AnyStr, flags: int = 0) -> re.Pattern[AnyStr]:
     return LazyPattern(source, flags)  # type: ignore[return-value]
 
 
+# Where `mbrtowc` and Python's decoder part: overlong forms, surrogates, and leads beyond U+10FFFF.
 _ODD_FORM = lazy_pattern(
     rb"\xe0[\x80-\x9f]|\xed[\xa0-\xbf]|\xf0[\x80-\x8f]|\xf4[\x90-\xbf]|[\xf5-\xfd](?:[\x80-\xbf]|\Z)"
 )
@@ -1720,7 +1752,7 @@ def char_width(char: str) -> int:
     """Return the number of columns of one character: 1, 2, 0 if it combines, -1 if it is not printable at all."""
     if " " <= char <= "~" or "\xa0" <= char <= "\xff":
         return 1
-    if char < " " or char < "\xa0":
+    if char < "\xa0":
         return -1
     starts, verdicts = _width_exceptions()
     verdict = verdicts[bisect.bisect(starts, ord(char)) - 1]
@@ -3653,15 +3685,15 @@ class Resize:
         return encode_field(RESIZE_WIDTH, self.width) + encode_field(RESIZE_HEIGHT, self.height)
 
     @classmethod
-    def decode(cls, data: bytes) -> Resize:
-        """Parse a ResizeMessage. Raises PacketError if a size is out of range."""
+    def decode(cls, data: bytes, *, smallest: int = 1) -> Resize:
+        """Parse a ResizeMessage; sizes from `smallest` on are brought to at least 1. Raises PacketError."""
         size = dict(decode_fields(data))
-        width, height = size.get(RESIZE_WIDTH, 0), size.get(RESIZE_HEIGHT, 0)
+        width, height = size.get(RESIZE_WIDTH), size.get(RESIZE_HEIGHT)
         if not (isinstance(width, int) and isinstance(height, int)):
             raise PacketError("resize is malformed")
-        if not (1 <= width <= SIZE_LIMIT and 1 <= height <= SIZE_LIMIT):
+        if not (smallest <= width <= SIZE_LIMIT and smallest <= height <= SIZE_LIMIT):
             raise PacketError(f"resize to {width}x{height} is out of range")
-        return cls(width, height)
+        return cls(max(1, width), max(1, height))
 
 
 class Hello:
@@ -3788,7 +3820,8 @@ class UserStream:
             if USER_KEYSTROKE in fields:
                 events += _bytes_field(fields[USER_KEYSTROKE], KEYSTROKE_KEYS)
             elif USER_RESIZE in fields:
-                events.append(Resize.decode(fields[USER_RESIZE]))
+                # A stock client reports a window of 0x0, and all later keys come with that: they cannot be refused.
+                events.append(Resize.decode(fields[USER_RESIZE], smallest=0))
             elif HELLO in fields:
                 events.append(Hello.decode(fields[HELLO]))
         return self.with_events(events)
@@ -4957,6 +4990,7 @@ class ClientCore:
         self._port = port
         self.icmp_error = ""  # the newest that counts
         self._stream = self.transport.sender.current
+        self.transport.sender.may_step_back = False  # a stock server would abort; ours says Hello
         # the user's keys
         self._escape_key = escape_key or EscapeKey(None)
         self._in_command = False
@@ -4988,6 +5022,7 @@ class ClientCore:
             self.roaming.heard(source, now, datagrams.last_round_trip_at)
             if searching and not self.roaming.searching:
                 self.transport.hurry(now)  # until it hears from us again, the server may not send us much
+        self.transport.sender.may_step_back = self.transport.remote.state.hello is not None
         if was_connecting and self.phase is Phase.CONNECTED and not self._in_command:
             self.bar.set_message("", now, permanent=True)  # the notice of a missing answer
         self.bar.last_heard_at = self.transport.remote.at

@@ -331,6 +331,15 @@ def test_a_server_forgets_a_client_that_has_been_silent_for_40_s() -> None:
     assert server.peers == [HOME]
 
 
+def test_an_address_that_was_not_proven_is_forgotten_with_all_that_was_known_of_it() -> None:
+    client, server = _client(), _server()
+    server.receive_datagram(client.seal(b"", 0), HOME, now=10)
+    server.receive_datagram(client.seal(b"", 20), ELSEWHERE, now=30)
+    assert server.forget_silent_peer(50_000) and server.allowance_bytes is None
+    server.receive_datagram(client.seal(b"", 60_000), ELSEWHERE, now=60_010)
+    assert server.allowance_bytes is not None
+
+
 def test_a_client_never_forgets_its_server() -> None:
     client = _client()
     client.receive_datagram(_raw(0), SERVER, now=0)

@@ -121,6 +121,41 @@ def test_a_path_that_drops_large_packets_silently_delays_a_screen_and_a_paste_by
     assert all(small - usual < 1_000 for small, usual in zip(took_ms[600], took_ms[1_500])), took_ms
 
 
+@pytest.mark.parametrize(("rate_bytes_per_s", "buffer_bytes", "limit_ms"), [
+    (125_000, 16_000, 6_000), (12_500, 8_000, 40_000),
+], ids=["1 Mbit/s", "100 kbit/s"])
+def test_a_paste_and_a_screen_larger_than_the_buffer_of_a_narrow_link_arrive(
+    sim: Simulation, rate_bytes_per_s: int, buffer_bytes: int, limit_ms: int
+) -> None:
+    """Sent as a whole they would lose the same fragments each time, and everything behind them would wait for ever."""
+    sim.client.type("quiet\r")
+    sim.run(ms=2_000)
+    sim.link.rate_bytes_per_s, sim.link.buffer_bytes = rate_bytes_per_s, buffer_bytes
+    sim.client.type(bytes(sim.random.choices(range(0x21, 0x7F), k=60_000)))
+    sim.run_until(lambda: sim.server.program.received == sim.client.typed, limit_ms=limit_ms)
+    sim.client.resize(120, 40)
+    sim.run(ms=2_000)
+    colours = (bytes(sim.random.choices(range(0x30, 0x3A), k=2)) for _ in range(120 * 39))
+    sim.server.write(b"\x1b[H" + b"".join(b"\x1b[38;2;1%b;%b;3m%b" % (two, two[:1], two[1:]) for two in colours))
+    sim.run_until(lambda: sim.client.screen == sim.server.screen, limit_ms=limit_ms)
+
+
+def test_parts_of_what_has_arrived_as_a_whole_double_no_key(sim: Simulation) -> None:
+    """The server has the paste and its acks are lost, so the client takes its path for narrow."""
+    sim.client.type("quiet\r")
+    sim.run(ms=2_500)
+    sim.link.blocked = {mosh.TO_CLIENT}
+    sim.client.type(bytes(sim.random.choices(range(0x21, 0x7F), k=30_000)))
+    sim.run(ms=1_500)
+    received = sim.server.core.transport.receiver.states
+    assert len(sim.server.program.received) > 30_000 and received[-1].state.length < received[-2].state.length
+    sim.client.type("more\r", every_ms=30)
+    sim.link.heal()
+    sim.run_until(lambda: sim.settled, limit_ms=5_000)
+    sim.run(ms=2_000)
+    assert sim.server.program.received == sim.client.typed
+
+
 def test_large_datagrams_are_used_again_when_the_path_carries_them_again(sim: Simulation) -> None:
     sim.link.path_mtu_bytes = 600
     sim.client.type("noise 600\r")
@@ -182,6 +217,16 @@ def test_an_idle_session_costs_two_datagrams_in_three_seconds(sim: Simulation) -
     sim.run(ms=60_000)
     after = [len(sim.datagrams(direction)) for direction in (mosh.TO_SERVER, mosh.TO_CLIENT)]
     assert [new - old for old, new in zip(before, after)] == [20, 20]
+
+
+@pytest.mark.parametrize("output", ["\x1b[?1007h", "\x1b[?1007h\x1b[?25l", "\x1b]1;icon name\x07"])
+def test_what_the_client_cannot_see_costs_no_more_than_a_heartbeat(sim: Simulation, output: str) -> None:
+    sim.run(ms=1_000)
+    before = len(sim.datagrams(mosh.TO_CLIENT))
+    sim.server.write(output.encode())
+    sim.run(ms=6_000)
+    assert len(sim.datagrams(mosh.TO_CLIENT)) - before <= 3
+    assert "mosh" not in sim.client.seen.text
 
 
 def test_a_flood_is_shown_at_most_twice_per_frame_interval(sim: Simulation) -> None:
@@ -379,6 +424,28 @@ def test_a_program_that_ends_just_as_the_client_roams_ends_the_session(sim: Simu
     sim.server.quit()
     sim.run(ms=2_000)
     assert sim.ended
+
+
+def test_a_proof_that_comes_when_the_address_has_been_forgotten_harms_nothing(sim: Simulation) -> None:
+    """The first of two fragments that prove where the client has moved is on its way for a minute."""
+    sim.run(ms=1_000)
+    sim.client.move_to(NEW_ADDRESS)
+    sim.client.type("x")
+    sim.run_until(lambda: sim.server.peer == NEW_ADDRESS, limit_ms=100)
+    sim.link.blocked = {mosh.TO_SERVER}
+    sim.run(ms=30)
+    assert sim.client.core.transport.sender.ack_num >= sim.server.core.transport._proof_num
+    sim.client.type(bytes(sim.random.choices(range(0x21, 0x7F), k=1_800)))
+    sim.run(ms=3)
+    first, second = sim.datagrams(mosh.TO_SERVER)[-2:]
+    sim.inject(sim.server, second, NEW_ADDRESS)
+    sim.run(ms=60_000)
+    sim.server.write(b"still here")
+    sim.run(ms=100)
+    assert sim.server.peer is None
+    sim.inject(sim.server, first, NEW_ADDRESS)
+    sim.link.heal()
+    sim.run_until(lambda: sim.settled, limit_ms=4_000)
 
 
 # -- the bar

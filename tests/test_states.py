@@ -145,14 +145,25 @@ def test_a_late_shorter_state_takes_nothing_back() -> None:
     assert _events(three) == list(b"abc")
 
 
-@pytest.mark.parametrize(("width", "height"), [(0, 24), (80, 0), (0, 0), (65_536, 24), (80, 65_536), (2**64 - 1, 24)])
-def test_an_impossible_size_is_refused(width: int, height: int) -> None:
+def _size_message(width: int, height: int) -> bytes:
     size = mosh.encode_field(5, width) + mosh.encode_field(6, height)
-    message = mosh.encode_field(1, mosh.encode_field(3, size))
+    return mosh.encode_field(1, mosh.encode_field(3, size))
+
+
+@pytest.mark.parametrize(("width", "height"), [(65_536, 24), (80, 65_536), (2**64 - 1, 24)])
+def test_an_impossible_size_is_refused(width: int, height: int) -> None:
     with pytest.raises(mosh.PacketError):
-        UserStream().applied(message)
+        UserStream().applied(_size_message(width, height))
     with pytest.raises(mosh.PacketError):
-        _terminal().applied(message)
+        _terminal().applied(_size_message(width, height))
+
+
+@pytest.mark.parametrize(("width", "height", "taken_for"), [(0, 24, (1, 24)), (80, 0, (80, 1)), (0, 0, (1, 1))])
+def test_a_window_without_size_is_taken_and_a_screen_is_not(width: int, height: int, taken_for: Event) -> None:
+    """A stock client in such a window says so, and again with each key until it is acknowledged."""
+    assert _events(UserStream().applied(_size_message(width, height))) == [taken_for]
+    with pytest.raises(mosh.PacketError):
+        _terminal().applied(_size_message(width, height))
 
 
 NO_SIZES = {"nothing": "", "no height": "2850", "no width": "3018", "bytes": "2a0150320118"}

@@ -587,6 +587,75 @@ def test_large_datagrams_never_acknowledged_are_given_up_for_small_ones() -> Non
     assert len(large) == mosh.MTU_TRIES and small and large[-1] < small[0] <= large[0] + 400
 
 
+class Pasted(Growing):
+    """A note that grows and can be told by parts."""
+
+    def part_way(self, base: Note) -> Note:
+        return Pasted(super().part_way(base).text)
+
+
+def _hear_of_a_paste(peer: Peer, *, heard: bool = True, ms: int = 3_000) -> list[int]:
+    """Paste what a path cannot carry at once. Return the lengths of the diffs that come, of which none is acked."""
+    peer.transport.set_current(Pasted(NOISE[:40_000]), now=peer.now)
+    sizes = []
+    for num in range(10, 13):
+        sizes += [len(diff) for *_, diff in peer.listen(until=peer.now + ms // 3)]
+        if heard:
+            peer.say(1, num, ack=1)
+    return sizes
+
+
+def test_what_is_never_acknowledged_as_a_whole_goes_by_parts_one_after_the_other() -> None:
+    peer = _connected(rtt_ms=100)
+    sizes = _hear_of_a_paste(peer)
+    assert set(sizes) == {40_000, 5_000} and sizes == sorted(sizes, reverse=True)
+    assert sizes.count(40_000) >= mosh.PART_TRIES
+    known = 5_000
+    for num, size in ((20, 8_750), (21, 26_250)):
+        peer.say(12, num, ack=peer.transport.last_sent_num)
+        (heard,) = peer.listen(until=peer.now + 100)
+        assert heard[-1] == NOISE[known : known + size]
+        known += size
+    assert known == 40_000
+
+
+def test_a_path_grows_with_each_ack() -> None:
+    peer = _connected(rtt_ms=100)
+    _hear_of_a_paste(peer)
+    for num in range(20, 30):
+        peer.say(12, num, ack=peer.transport.last_sent_num)
+        peer.listen(until=peer.now + 100)
+    peer.transport.set_current(Pasted(NOISE), now=peer.now)
+    (heard, *_) = peer.listen(until=peer.now + 100)
+    assert len(heard[-1]) == len(NOISE) - 40_000
+
+
+def test_a_stock_server_is_never_told_less_than_before() -> None:
+    peer = _connected(rtt_ms=100)
+    peer.transport.sender.may_step_back = False
+    assert set(_hear_of_a_paste(peer)) == {40_000}
+
+
+def test_an_outage_is_no_narrow_path() -> None:
+    peer = _connected(rtt_ms=100)
+    peer.now = mosh.OUTAGE_MS
+    assert set(_hear_of_a_paste(peer, heard=False)) == {40_000}
+
+
+def test_last_words_may_go_by_parts() -> None:
+    peer = _connected(rtt_ms=100)
+    _hear_of_a_paste(peer)
+    peer.transport.start_shutdown(peer.now)
+    heard = ""
+    for num in range(20, 30):
+        peer.say(12, num, ack=peer.transport.last_sent_num)
+        if peer.transport.phase is Phase.CLOSED:
+            break
+        assert peer.transport.last_sent_num < LAST
+        heard = peer.listen(until=peer.now + 40)[0][-1]
+    assert peer.transport.clean and NOISE[:40_000].endswith(heard) and heard
+
+
 def test_a_padded_heartbeat_probes_for_large_datagrams() -> None:
     peer = _connected(rtt_ms=100)
     peer.transport._random_bytes = random.Random(1).randbytes
@@ -639,6 +708,46 @@ def test_nothing_changes_when_a_change_is_taken_back_in_time() -> None:
     peer.transport.set_current(Note("a"), now=1_000)
     peer.transport.set_current(Note(), now=1_004)
     assert peer.listen(until=2_000) == []
+
+
+class Marked(Note):
+    """A note with a mark, which makes it another one or is in its diffs."""
+
+    def __init__(self, text: str = "", mark: str = "", *, differs: bool = True) -> None:
+        super().__init__(text)
+        self.mark = mark
+        self._differs = differs
+
+    def __eq__(self, other: object) -> bool:
+        return super().__eq__(other) and not (self._differs and self.mark != getattr(other, "mark", ""))
+
+    __hash__ = None
+
+    def diff_from(self, base: Note) -> bytes:
+        if self._differs:
+            return b"" if self.text == base.text else super().diff_from(base)
+        return super().diff_from(base) or (b">" + self.mark.encode() if self is not base else b"")
+
+
+@pytest.mark.parametrize("ack_is_due", [False, True])
+def test_what_no_diff_can_tell_is_not_told_and_not_tried_again(ack_is_due: bool) -> None:
+    """The loop of an end would run without a pause otherwise, until the next ack."""
+    peer = _connected(rtt_ms=40)
+    peer.now = 1_000
+    if ack_is_due:
+        peer.transport.hurry(peer.now)
+    for mark in ("one", "two"):
+        peer.transport.set_current(Marked("", mark), now=peer.now)
+        heard = peer.listen(until=peer.now + 500)  # which sees to it that there are pauses
+        assert [diff for *_, diff in heard] == [""] * ack_is_due
+
+
+def test_a_diff_between_states_that_are_alike_waits_for_a_heartbeat_and_has_a_number_of_its_own() -> None:
+    """A diff from a state to itself would be taken for a repeat: the peer would have no heartbeat at all."""
+    peer = _connected(rtt_ms=40)
+    peer.transport.set_current(Marked("", "icon", differs=False), now=1_000)
+    (heartbeat,) = peer.listen(until=3_500)
+    assert heartbeat[2] == heartbeat[1] + 1 and heartbeat[-1] == ">icon"
 
 
 def test_asking_when_changes_nothing() -> None:
