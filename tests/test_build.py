@@ -771,7 +771,7 @@ def test_make_run_goes_nowhere_unless_it_is_told_to(words: list[str], last: str)
     """Some shells and systems have the name of the machine itself in the variable HOST of the environment."""
     environ = {**os.environ, "HOST": "here", "MAKEFLAGS": ""}
     shown = subprocess.run(
-        [require("make"), "--dry-run", "run", *words], cwd=peers.REPOSITORY, env=environ, capture_output=True,
-        text=True, check=True,
+        [require("make"), "--no-print-directory", "--dry-run", "run", *words], cwd=peers.REPOSITORY, env=environ,
+        capture_output=True, text=True, check=True,
     )
     assert shown.stdout.rstrip().endswith(f"mosh-slim.pyz {last}")
