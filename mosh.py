@@ -5007,7 +5007,8 @@ class ClientCore:
         self._shown = emulator.framebuffer.copy()
         self._shown_is_known = False
         self._drawn_at = now
-        self._drawn: tuple[int, str] | None = None  # number of the screen, bar; None if there may be more in it
+        self._drawn: Framebuffer | None = None  # the server's screen in it, unless there were predictions on it
+        self._drawn_bar = ""
         self._push((Hello(), Resize(width, height)), now)
 
     # -- bytes in
@@ -5156,10 +5157,11 @@ class ClientCore:
         self._update_notices(now)
         self.engine.cull(self.screen, now)
         self._drawn_at = now
-        wanted = None if self.engine.is_waiting else (self.transport.remote.num, self.bar.text(now))
-        if self._shown_is_known and wanted and wanted == self._drawn:
+        bare = None if self.engine.is_waiting else self.screen  # a heartbeat brings no new one
+        bar = self.bar.text(now)
+        if self._shown_is_known and bare and bare is self._drawn and bar == self._drawn_bar:
             return b""
-        self._drawn = wanted
+        self._drawn, self._drawn_bar = bare, bar
         screen = self._predicted_screen()
         self.bar.draw(screen, now)
         disarm(screen, self._shown)

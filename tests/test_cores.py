@@ -451,6 +451,17 @@ def test_nothing_is_drawn_while_nothing_changes(sim: Simulation) -> None:
     assert sim.client.frame_count == before
 
 
+def test_a_heartbeat_draws_nothing(sim: Simulation, monkeypatch: pytest.MonkeyPatch) -> None:
+    core = sim.client.core
+    core.frame_to_draw(sim.now)
+    monkeypatch.setattr(core, "_display", None)  # so nobody may ask it for a frame
+    num = core.transport.remote.num
+    for datagram in sim.server.core.datagrams_to_send(sim.server.now + mosh.ACK_INTERVAL_MS):
+        core.receive_datagram(datagram, core.peers[0], sim.now + mosh.ACK_INTERVAL_MS)
+    assert core.transport.remote.num == num + 1
+    assert core.frame_to_draw(sim.now + mosh.ACK_INTERVAL_MS) == b""
+
+
 def test_ctrl_l_repaints_what_another_program_has_spoilt(sim: Simulation) -> None:
     sim.client.terminal.feed(b"\x1b[5;5H\x1b[7mmessage from root")
     sim.run(ms=500)
