@@ -861,7 +861,10 @@ class Fragmenter:
         self._last: tuple[tuple[Any, ...], list[Fragment]] = ((), [])  # what was cut, without chaff, and its pieces
 
     def fragments_of_retry(self, instruction: Instruction, mtu_bytes: int) -> list[Fragment]:
-        """Return the pieces of `instruction`: the same as last time if it says the same and takes several."""
+        """Return the pieces of `instruction`: if it says the same as last time and takes several, the same in turn.
+
+        A queue that is too short loses the same places of a train each time, so each try begins at another one.
+        """
         same = (*(getattr(instruction, name) for name in INSTRUCTION_FIELDS if name != "chaff"), mtu_bytes)
         if self._last[0] != same:
             fragments = self.fragments(instruction, mtu_bytes)
@@ -869,7 +872,10 @@ class Fragmenter:
                 self._last = (), []
                 return fragments
             self._last = same, fragments
-        return self._last[1]
+        fragments = self._last[1]
+        first = len(fragments) * 3 // 8  # where the next try begins: about the golden section, so all places come soon
+        self._last = same, fragments[first:] + fragments[:first]
+        return fragments
 
     def fragments(self, instruction: Instruction, mtu_bytes: int) -> list[Fragment]:
         """Return the pieces of `instruction` for datagrams of at most `mtu_bytes`. Raises ProtocolError if too big."""
@@ -965,6 +971,8 @@ class FragmentAssembly:
 #   rules, for 1.3 times the bytes (tests/bench_simulated.py). A third copy makes it 117 ms for 1.8 times the bytes.
 # - A large diff that is not acknowledged though the peer is heard: on a narrow path with a short queue fragments are
 #   lost each time, and always the same ones. Then the state goes by parts, each when the last one is acknowledged.
+#   What a client has typed may not: a stock server aborts when a state holds less than one before. So that is repeated
+#   word for word, beginning with another fragment each time, and everything else waits, or it would end the assembly.
 # - Nothing: as long as no ack comes, the interval grows to a third of the wait, up to ACK_INTERVAL_MS. It stretches
 #   the pacing as well, so frames to a peer that is out of reach become rare, and keys, which are cheap, do not. The
 #   first datagram heard again ends it: what the peer lacks is sent at once, see above.
@@ -1074,10 +1082,11 @@ class Sender(Generic[Local]):
         self._resend_now = False  # the peer has been heard, and lacks what it should have by now
         self._last_diff_bytes = 0
         self._copies = 0  # how often the last state has been sent
-        self.may_step_back = True  # the peer bears a state that holds less than an earlier one that has arrived
+        self.may_step_back = True  # the peer bears a state that holds less than one before
         self._path_limit_bytes = DIFF_LIMIT_BYTES  # of a diff; less after PART_TRIES in vain
         self._large_tries = 0  # diffs beyond PART_BYTES sent since the last ack
         self._large_since = now  # when the first of them was sent
+        self._lost: Instruction | None = None  # a large one, which word for word its repeats shall make complete
         self._part: NumberedState[Local] | None = None  # a part of a state, behind which the rest waits for the ack
         self._heard_at = now  # when the peer last said something new
         self._debt_bytes = 0.0  # sent and not yet paid off, at PACING_BYTES per frame interval
@@ -1095,12 +1104,12 @@ class Sender(Generic[Local]):
     def update_timers(self, now: int) -> None:
         """Work out anew what to assume and when to send."""
         last = self.sent[-1]
-        part_waits = last is self._part and last is not self.sent[0]
-        self._assumed = self.sent[0] if self.hurried or part_waits else self._assume(now)
+        rest_waits = self._to_repeat is not None or (last is self._part and last is not self.sent[0])
+        self._assumed = self.sent[0] if self.hurried or rest_waits else self._assume(now)
         self.current.forget_before(self.sent[0].state)
-        if self.data_ack_due:
+        if self.data_ack_due and self._to_repeat is None:
             self._next_ack_at = min(self._next_ack_at, now + ACK_DELAY_MS)
-        if self.current != last.state and not part_waits:
+        if self.current != last.state and not rest_waits:
             if self._changed_at is None:
                 self._changed_at = now
             turn_at = self._debt_at + self._pacing_ms()
@@ -1210,6 +1219,9 @@ class Sender(Generic[Local]):
         ack_due = now >= self._next_ack_at
         if not ack_due and (self._next_send_at is None or now < self._next_send_at):
             return None
+        if self._to_repeat is not None:
+            self._sent_again(now)
+            return self._to_repeat
         base, diff = self._best_diff()
         last = self.sent[-1]
         if not diff and not ack_due and (last is self.sent[0] or self.current == last.state):
@@ -1244,10 +1256,10 @@ class Sender(Generic[Local]):
 
     def _judge_path(self, now: int) -> None:
         """Decide whether what is large goes by parts."""
-        if now - self._heard_at > OUTAGE_MS or not self.may_step_back or self.sent[-1].num == LAST_STATE_NUM:
+        if now - self._heard_at > OUTAGE_MS or self.sent[-1].num == LAST_STATE_NUM:
             self._large_tries, self._path_limit_bytes = 0, DIFF_LIMIT_BYTES
         patience_ms = max(PART_PATIENCE_MS, 2 * self.patience_ms)
-        if self._large_tries >= PART_TRIES and now - self._large_since >= patience_ms:
+        if self.may_step_back and self._large_tries >= PART_TRIES and now - self._large_since >= patience_ms:
             self._path_limit_bytes = PART_BYTES
 
     def _sendable(self, base: Local, diff: bytes) -> tuple[Local, bytes]:
@@ -1269,8 +1281,7 @@ class Sender(Generic[Local]):
         is_last = self.shutdown_at is not None and is_whole and diff != PROBE_DIFF
         num = LAST_STATE_NUM if is_last else last.num if retransmission else last.num + 1
         if num == last.num:
-            last.at = now
-            self._copies += 1
+            self._sent_again(now)
         else:
             self._copies = 1
             self.sent.append(NumberedState(num, now, state))
@@ -1292,7 +1303,20 @@ class Sender(Generic[Local]):
         self._next_ack_at = now + ACK_INTERVAL_MS + (ACK_DELAY_MS if self._follows else 0)
         self._next_send_at = self._changed_at = None
         self.data_ack_due = self._resend_now = self.hurried = self._follows = False
-        return Instruction(base.num, num, self.ack_num, self.sent[0].num, diff)
+        instruction = Instruction(base.num, num, self.ack_num, self.sent[0].num, diff)
+        in_vain = len(diff) > PART_BYTES and self._large_tries > 1
+        self._lost = instruction if in_vain and not self.may_step_back else None
+        return instruction
+
+    def _sent_again(self, now: int) -> None:
+        self.sent[-1].at = now
+        self._copies += 1
+        self._next_ack_at, self._next_send_at, self._resend_now = now + ACK_INTERVAL_MS, None, False
+
+    @property
+    def _to_repeat(self) -> Instruction | None:
+        """What to repeat word for word until it is acknowledged, if anything; the rest waits, acks included."""
+        return None if self.hurried or self.shutdown_at is not None else self._lost
 
     # -- acks in
 
@@ -1302,7 +1326,7 @@ class Sender(Generic[Local]):
             if entry.num == ack_num and i > 0:
                 del self.sent[:i]
                 self._unacked_since = None if self.sent[-1].state == entry.state else now
-                self._large_tries = 0
+                self._large_tries, self._lost = 0, None
                 self._path_limit_bytes = min(2 * self._path_limit_bytes, DIFF_LIMIT_BYTES)
                 return
 
@@ -4990,7 +5014,7 @@ class ClientCore:
         self._port = port
         self.icmp_error = ""  # the newest that counts
         self._stream = self.transport.sender.current
-        self.transport.sender.may_step_back = False  # a stock server would abort; ours says Hello
+        self.transport.sender.may_step_back = False  # a stock server would abort
         # the user's keys
         self._escape_key = escape_key or EscapeKey(None)
         self._in_command = False
@@ -5023,7 +5047,6 @@ class ClientCore:
             self.roaming.heard(source, now, datagrams.last_round_trip_at)
             if searching and not self.roaming.searching:
                 self.transport.hurry(now)  # until it hears from us again, the server may not send us much
-        self.transport.sender.may_step_back = self.transport.remote.state.hello is not None
         if was_connecting and self.phase is Phase.CONNECTED and not self._in_command:
             self.bar.set_message("", now, permanent=True)  # the notice of a missing answer
         self.bar.last_heard_at = self.transport.remote.at

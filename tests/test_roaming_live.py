@@ -201,6 +201,23 @@ def send_much_through_a_black_hole(pair: Pair, home: Path) -> tuple[bool, bool]:
         return pasted, shown
 
 
+def paste_into_a_short_queue(pair: Pair, home: Path) -> bool:
+    """Paste more than the queue of a slow path holds while a program keeps writing. Returns whether it arrived."""
+    clock = "for tick in $(seq 60); do echo $tick; sleep 0.5; done"
+    command = ("sh", "-c", f"stty -echo -icanon; echo ready; {clock} & exec cat >typed")
+    pieces = ["".join(random.Random(n).choices(string.ascii_letters + string.digits, k=4_000)) for n in range(12)]
+    with relayed_session(pair, home, command=command, delay_ms=50) as (terminal, relay):
+        for lane in relay.lanes:
+            lane.rate_bytes_per_s, lane.buffer_ms = 125_000, 128
+        relay.up.blackout = True        # so that all of it is there at once
+        for piece in pieces:
+            terminal.type(piece)
+        relay.up.blackout = False
+        pasted = _comes_true(lambda: written(home) == "".join(pieces))
+        print(f"{pair}: paste {pasted}, {relay.up.received_bytes} bytes sent, {relay.up.lost} datagrams lost")
+        return pasted
+
+
 def _comes_true(condition: Callable[[], bool]) -> bool:
     try:
         peers.wait_until(condition, PATIENCE_SECONDS, "it")
@@ -434,6 +451,14 @@ def test_a_path_that_drops_large_packets_stops_neither_direction_of_ours(pair: P
     pasted, shown = stage.play(send_much_through_a_black_hole, pair)
     assert pasted or pair.client == "stock"
     assert shown or pair.server == "stock"
+
+
+@pytest.mark.long
+@each_pair
+def test_a_paste_larger_than_the_queue_of_a_slow_path_arrives_from_our_client(pair: Pair, stage: Stage) -> None:
+    """With stock mosh always the same fragments are lost."""
+    ready_for(pair)
+    assert stage.play(paste_into_a_short_queue, pair) or pair.client == "stock"
 
 
 needs_namespaces = pytest.mark.skipif(bool(netns.unavailable()), reason=netns.unavailable() or "there are namespaces")

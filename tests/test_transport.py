@@ -568,14 +568,17 @@ def test_a_train_that_waited_out_a_suspend_leaves_and_is_not_resent_before_an_ac
     assert at == 500_000 and len(sizes) > 20
 
 
-def test_the_pieces_of_a_large_instruction_that_is_resent_fill_the_gaps() -> None:
+def test_a_queue_that_loses_the_same_places_of_each_train_loses_other_pieces() -> None:
     client, server = _transport(), _transport(TO_CLIENT)
-    client.set_current(Note(NOISE[:5_000]), now=0)
-    first, second = ([*client.datagrams_to_send(now)] for now in (0, 250))
-    assert len(first) == len(second) > 2
-    for datagram in (*first[0::2], *second[1::2]):
-        server.receive_datagram(datagram, PEER, 300)
-    assert server.remote.state.text == NOISE[:5_000]
+    client.set_current(Note(NOISE[:9_000]), now=0)
+    now = tries = 0
+    while server.remote.num == 0 and tries < 12:
+        train = client.datagrams_to_send(now)
+        tries += bool(train)
+        for datagram in train[: len(train) // 3]:
+            server.receive_datagram(datagram, PEER, now)
+        now = client.next_timeout() or 0
+    assert server.remote.state.text == NOISE[:9_000]
 
 
 def test_large_datagrams_never_acknowledged_are_given_up_for_small_ones() -> None:
@@ -634,6 +637,30 @@ def test_a_stock_server_is_never_told_less_than_before() -> None:
     peer = _connected(rtt_ms=100)
     peer.transport.sender.may_step_back = False
     assert set(_hear_of_a_paste(peer)) == {40_000}
+
+
+def test_a_large_paste_that_is_lost_is_repeated_word_for_word_while_all_else_waits() -> None:
+    peer = _connected(rtt_ms=100)
+    peer.transport.sender.may_step_back = False
+    peer.transport.set_current(Pasted(NOISE[:40_000]), now=peer.now)
+    heard = []
+    for num in range(10, 20):
+        heard += peer.listen(until=peer.now + 300)
+        peer.say(1, num, ">more", ack=1)
+        peer.transport.set_current(Pasted(NOISE[: 40_000 + num]), now=peer.now)
+    repeats = {each[1:] for each in heard[1:]}
+    assert 5 < len(heard) < 15 and len(repeats) == 1  # at most one per retransmission timeout
+    peer.say(19, 20, ack=peer.transport.last_sent_num)
+    ((_, _, _, ack, _, diff),) = peer.listen(until=peer.now + 200)
+    assert (ack, diff) == (20, NOISE[40_000 : 40_019])
+
+
+def test_a_client_that_leaves_does_not_wait_for_what_is_lost() -> None:
+    peer = _connected(rtt_ms=100)
+    peer.transport.sender.may_step_back = False
+    _hear_of_a_paste(peer)
+    peer.transport.start_shutdown(peer.now)
+    assert peer.listen(until=peer.now + 1_000)[-1][2] == LAST
 
 
 def test_an_outage_is_no_narrow_path() -> None:
