@@ -49,7 +49,7 @@ def paste(sim: Simulation) -> None:
 
 
 def paste_noise(sim: Simulation) -> None:
-    sim.client.type(bytes(sim.random.choices(range(0x21, 0x7F), k=sim.random.choice((600, 3_000)))))
+    sim.client.type(bytes(sim.random.choices(range(0x21, 0x7F), k=sim.random.choice((600, 3_000, 20_000)))))
 
 
 def repaint(sim: Simulation) -> None:

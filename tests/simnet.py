@@ -482,8 +482,8 @@ class Invariants:
         self._nonces: set[bytes] = set()
         self._readers = {direction: sim.channel(1 - direction) for direction in self.in_flight}
         self._assemblies = {direction: mosh.FragmentAssembly() for direction in self.in_flight}
-        self._instruction_bytes = dict.fromkeys(self.in_flight, 0)  # of the one being sent, and the largest so far
-        self._largest_bytes = dict.fromkeys(self.in_flight, 0)
+        self._trains = {direction: (0, {0: 0}) for direction in self.in_flight}  # id and sizes of what is being sent
+        self._largest_bytes = dict.fromkeys(self.in_flight, 0)  # of an instruction so far
         self._last: dict[int, mosh.Instruction] = {}
         self._acked = dict.fromkeys(self.in_flight, 0)  # the newest ack that an end has been given of what it keeps
         self._acked_before = dict.fromkeys(self.in_flight, 0)  # the same when the instruction being sent began to leave
@@ -504,10 +504,12 @@ class Invariants:
         self.require(nonce not in self._nonces, f"nonce {nonce.hex()} is used twice")
         self._nonces.add(nonce)
         fragment = mosh.Fragment.decode(self._readers[direction].open(datagram)[1][mosh.TIMESTAMPS.size :])
-        self._instruction_bytes[direction] = len(datagram) + self._instruction_bytes[direction] * (fragment.num > 0)
-        self._largest_bytes[direction] = max(self._largest_bytes[direction], self._instruction_bytes[direction])
-        if fragment.num == 0:
+        instruction_id, sizes = self._trains[direction]
+        if fragment.instruction_id != instruction_id or fragment.num in sizes:  # the first one of a try
+            _, sizes = self._trains[direction] = fragment.instruction_id, {}
             self._acked_before[direction] = self._acked[direction]
+        sizes[fragment.num] = len(datagram)
+        self._largest_bytes[direction] = max(self._largest_bytes[direction], sum(sizes.values()))
         instruction = self._assemblies[direction].add(fragment)
         if instruction is not None:
             self._check_instruction(direction, instruction)
