@@ -16,6 +16,7 @@ import termios
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -371,6 +372,38 @@ def test_a_socket_on_any_address_answers_from_the_one_that_was_asked(bound_to: s
     udp.send(b"back", received[1])
     answer = _received(client)
     assert answer is not None and answer[:2] == (b"back", (asked, udp.port))
+    udp.close()
+    client.close()
+
+
+class _MacSocket:
+    """A socket whose system names the target of a datagram and leaves our address to us."""
+
+    def __init__(self, real: socket.socket) -> None:
+        self._real = real
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+    def recvmsg(self, *sizes: int) -> tuple[bytes, list[tuple[int, int, bytes]], int, Any]:
+        data, ancillary, flags, source = self._real.recvmsg(*sizes)
+        return data, [
+            (level, kind, value[:4] + bytes(4) + value[8:] if len(value) == mosh._PKTINFO_4.size else value)
+            for level, kind, value in ancillary
+        ], flags, source
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux has all of 127.0.0.0/8")
+def test_the_target_of_a_datagram_serves_where_the_system_tells_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    udp, client = mosh.UdpSocket(socket.AF_INET), mosh.UdpSocket(socket.AF_INET)
+    udp.bind("0.0.0.0", 0)
+    monkeypatch.setattr(udp, "_socket", _MacSocket(udp._socket))
+    client.send(b"hello", ("127.0.0.2", udp.port))
+    received = _received(udp)
+    assert received is not None
+    udp.send(b"back", received[1])
+    answer = _received(client)
+    assert answer is not None and answer[:2] == (b"back", ("127.0.0.2", udp.port))
     udp.close()
     client.close()
 

@@ -18,6 +18,7 @@ import pytest
 
 import mosh
 import peers
+from conftest import link_local_address
 from peers import LOOPBACK, Server, process_alive, running_server, session_env, wait_until
 
 LIMIT_SECONDS = 20.0
@@ -95,6 +96,13 @@ def test_where_ssh_got_to_is_no_wish_where_every_address_answers_by_itself() -> 
     options.by_ssh = True
     with _bound(options) as (_, host):
         assert host in (("::", "0.0.0.0") if sys.platform.startswith("linux") else (LOOPBACK,))
+
+
+def test_a_link_local_address_is_taken_with_the_interface_that_it_names(capfd: pytest.CaptureFixture[str]) -> None:
+    host = socket.getnameinfo(link_local_address(), socket.NI_NUMERICHOST | socket.NI_NUMERICSERV)[0]
+    with _bound(_options((0, 0), host)) as (udp, bound):
+        assert (bound, udp.family) == (host.partition("%")[0], socket.AF_INET6)
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("free", [0, 1, 3])
