@@ -6186,7 +6186,8 @@ def _run_child(options: ServerOptions, core_limit: tuple[int, int] | None, gate:
     """Become the user's program. Runs in the child; does not return unless it fails."""
     # What the login ignored stays ignored across exec: in a server that a script started in the background, Ctrl-C too.
     for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
-        signal.signal(number, signal.SIG_DFL)
+        with contextlib.suppress(OSError):  # FreeBSD's C library counts one that it keeps to itself
+            signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     modes = termios.tcgetattr(0)
     modes[0] |= _IUTF8

@@ -488,6 +488,16 @@ def test_the_program_finds_its_signals_as_a_login_would(start: Start) -> None:
     assert masks == [0, 0]
 
 
+def test_a_signal_that_may_not_be_set_ends_no_session(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FreeBSD lists 32 as valid, which its C library keeps to itself, as that of Linux does."""
+    code = f"import signal, sys; sys.path.insert(0, {str(peers.REPOSITORY)!r}); import mosh; "
+    code += "valid = signal.valid_signals(); signal.valid_signals = lambda: valid | {32}; "
+    code += "sys.exit(mosh.main(['mosh.py', *sys.argv[1:]]))"
+    monkeypatch.setattr(peers, "ours_command", lambda: [sys.executable, "-c", code])
+    with Session(start(command=_shell("true"))[1]) as session:
+        session.wait_for("all said")
+
+
 def test_a_program_that_cannot_run_is_named(start: Start) -> None:
     with Session(start(command=("/no/such/program",))[1]) as session:
         session.wait_for("/no/such/program: No such file")
