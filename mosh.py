@@ -6458,8 +6458,9 @@ def _check_for_pty() -> None:
     """Raise BootstrapError if a session would lack a pty or descriptors, while somebody is there to read it."""
     held: list[int] = []
     try:
-        held += os.pipe()  # a session begins with a pipe and a pty, and later has no more than that
+        held += os.pipe()  # a session begins with a pipe and a pty, and later has no more than that,
         held += os.openpty()
+        held.append(os.dup(held[0]))  # except what libffi 3.5 keeps open from when forbid_tracing loads it
     except OSError as error:
         raise BootstrapError(f"a session needs a pty, and none can be opened: {error.strerror}") from None
     finally:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -357,6 +358,28 @@ def test_a_host_without_ptys_is_named_before_anything_is_announced(home: Path) -
     )
     assert (finished.returncode, finished.stdout) == (1, "")
     assert finished.stderr.startswith("mosh: a session needs a pty") and finished.stderr.count("\n") == 1
+
+
+def test_who_is_told_of_a_server_is_served_whatever_a_library_keeps_open(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """libffi 3.5 holds a file of its own from when ctypes is loaded. The fewest descriptors that will do are enough."""
+    code = f"import os, sys; sys.path.insert(0, {str(peers.REPOSITORY)!r}); import mosh; "
+    code += "mosh.forbid_tracing = lambda: os.open(os.devnull, os.O_RDONLY); sys.exit(mosh.main(['', *sys.argv[1:]]))"
+    monkeypatch.setattr(peers, "ours_command", lambda: [sys.executable, "-c", code])
+    for count in range(3, 16):
+        try:
+            server = start(command=_shell("true"), before=partial(_limit_descriptors, count))[1]
+        except AssertionError:      # it has said why there is none
+            continue
+        with Session(server) as session:
+            session.wait_for("all said")
+        return
+    pytest.fail("a server takes more than 15 descriptors")
+
+
+def _limit_descriptors(count: int) -> None:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (count, count))
 
 
 @pytest.mark.parametrize("environ", [
