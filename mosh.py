@@ -5283,6 +5283,9 @@ NOTICE_MS = 50  # after a notice, since more follow; a first datagram too early 
 NOTICES_PER_TURN = 1_000
 # Links (nothing else tells of IPv4 routes that go with one), next hops; addresses, routes, rules of IPv4 and IPv6.
 _NETLINK_GROUPS = 0x80000001 | 0x1D0 | 0x40400  # bit n is group n + 1 of linux/rtnetlink.h
+# The fourth byte of a notice of the BSDs, route(4): RTM_MISS. Offline each look at the address to send from causes one,
+# and so would the next one, for ever. On Linux it is a part of the length, which is a multiple of 4.
+_ROUTE_MISS = b"\x07"
 DATAGRAMS_PER_TURN = 64  # read at most this many before everything else has its turn
 ICMP_ERRORS_PER_TURN = 64
 _ECN_CAPABLE = 0x02  # IP TOS: ECT(0), RFC 3168
@@ -5617,8 +5620,8 @@ class NetworkWatch:
         if before.keys() != set(targets):
             self._sources = before = {at: before[at] if at in before else local_address(*at) for at in targets}
         if self._notices is not None and self._notices in ready:
-            self._drain(self._notices)
-            self._check_at = now + NOTICE_MS
+            if self._drain(self._notices):
+                self._check_at = now + NOTICE_MS
         check_at = self._checked_at + LOOK_MS if self._notices is None else self._check_at
         if not slept and (check_at is None or now < check_at):
             return False
@@ -5627,14 +5630,17 @@ class NetworkWatch:
         return slept or self._sources != before
 
     @staticmethod
-    def _drain(notices: socket.socket) -> None:
+    def _drain(notices: socket.socket) -> bool:
+        """Take all notices that are there. Returns whether they may tell of more than of lookups that have failed."""
+        kinds = set()
         for _ in range(NOTICES_PER_TURN):
             try:
-                notices.recv(1)  # the rest of it is dropped
+                kinds.add(notices.recv(4)[3:])  # the rest of it is dropped
             except BlockingIOError:
-                return
+                break
             except OSError:  # ENOBUFS: more than fitted
-                continue
+                kinds.add(b"")
+        return kinds != {_ROUTE_MISS}
 
     def close(self) -> None:
         """Let go of it."""

@@ -527,6 +527,27 @@ def test_a_notice_of_the_kernel_makes_it_look_soon_but_not_for_each(watch: mosh.
     assert watch.readable() == notice and watch.next_timeout() is None
 
 
+@pytest.mark.parametrize(("kinds", "looks"), [
+    ([0x07], False), ([0x07] * 3, False), ([0x07, 0x0C], True), ([0x0C, 0x07], True), ([0x0E], True), ([], True),
+])  # fmt: skip
+def test_a_lookup_that_failed_is_no_notice_since_offline_each_look_is_one(
+    world: World, monkeypatch: pytest.MonkeyPatch, kinds: list[int], looks: bool
+) -> None:
+    """What a routing socket of the BSDs tells: struct rt_msghdr begins with length, version and kind."""
+    assert world.sources
+    ours, kernel = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    ours.setblocking(False)
+    monkeypatch.setattr(mosh.NetworkWatch, "_kernel_notices", staticmethod(lambda: ours))
+    watch = mosh.NetworkWatch(0)
+    for kind in kinds:
+        kernel.send(struct.pack("=HBB", 92, 5, kind) + bytes(88))
+    assert not watch.changed(TARGETS, watch.readable(), 10)
+    assert watch.next_timeout() == (10 + mosh.NOTICE_MS if looks else None)
+    assert not mosh.wait([ours], (), 0)
+    watch.close()
+    kernel.close()
+
+
 def test_a_new_target_is_no_other_network(watch: mosh.NetworkWatch) -> None:
     more = [*TARGETS, (socket.AF_INET, ("192.0.2.7", 60001))]
     assert not any(watch.changed(more, watch.readable(), now) for now in range(0, 5_000, 100))
