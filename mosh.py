@@ -5310,6 +5310,9 @@ NOTICE_MS = 50  # after a notice, since more follow; a first datagram too early 
 NOTICES_PER_TURN = 1_000
 # Links (nothing else tells of IPv4 routes that go with one), next hops; addresses, routes, rules of IPv4 and IPv6.
 _NETLINK_GROUPS = 0x80000001 | 0x1D0 | 0x40400  # bit n is group n + 1 of linux/rtnetlink.h
+# The fourth byte of a notice of the BSDs, route(4): RTM_MISS. Offline each look at the address to send from causes one,
+# and so would the next one, for ever. On Linux it is a part of the length, which is a multiple of 4.
+_ROUTE_MISS = b"\x07"
 DATAGRAMS_PER_TURN = 64  # read at most this many before everything else has its turn
 ICMP_ERRORS_PER_TURN = 64
 _ECN_CAPABLE = 0x02  # IP TOS: ECT(0), RFC 3168
@@ -5481,7 +5484,9 @@ class UdpSocket:
         """Bind to a numeric address, perhaps with a scope. An IPv6 wildcard takes IPv4 too. Raises OSError."""
         if self.family == socket.AF_INET6:
             self._set_option(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        self._socket.bind((host, port))
+        # Python forgets a scope that only the text names. Bytes, as in is_numeric, spare us a codec of 1 ms.
+        found = socket.getaddrinfo(host.encode("ascii"), port, self.family, socket.SOCK_DGRAM, 0, socket.AI_NUMERICHOST)
+        self._socket.bind(found[0][4])
         if host in ("::", "0.0.0.0"):
             self._ask_what_was_reached()
 
@@ -5561,8 +5566,9 @@ class UdpSocket:
         address = PeerAddress(source)
         for level, kind, value in ancillary:
             if (level, kind) == (socket.IPPROTO_IP, _IP_PKTINFO) and len(value) == _PKTINFO_4.size:
-                ours = _PKTINFO_4.unpack(value)[1]  # by whatever interface it came
-                address.arrived_at = level, kind, _PKTINFO_4.pack(0, ours, b"")
+                _interface, ours, target = _PKTINFO_4.unpack(value)
+                ours = ours if any(ours) else target  # macOS tells only the latter
+                address.arrived_at = level, kind, _PKTINFO_4.pack(0, ours, b"")  # by whatever interface it came
             elif (level, kind) == (socket.IPPROTO_IPV6, _IPV6_PKTINFO) and len(value) == _PKTINFO_6.size:
                 address.arrived_at = level, kind, _PKTINFO_6.pack(_PKTINFO_6.unpack(value)[0], 0)
             elif level == socket.IPPROTO_IP and value:
@@ -5641,8 +5647,8 @@ class NetworkWatch:
         if before.keys() != set(targets):
             self._sources = before = {at: before[at] if at in before else local_address(*at) for at in targets}
         if self._notices is not None and self._notices in ready:
-            self._drain(self._notices)
-            self._check_at = now + NOTICE_MS
+            if self._drain(self._notices):
+                self._check_at = now + NOTICE_MS
         check_at = self._checked_at + LOOK_MS if self._notices is None else self._check_at
         if not slept and (check_at is None or now < check_at):
             return False
@@ -5651,14 +5657,17 @@ class NetworkWatch:
         return slept or self._sources != before
 
     @staticmethod
-    def _drain(notices: socket.socket) -> None:
+    def _drain(notices: socket.socket) -> bool:
+        """Take all notices that are there. Returns whether they may tell of more than of lookups that have failed."""
+        kinds = set()
         for _ in range(NOTICES_PER_TURN):
             try:
-                notices.recv(1)  # the rest of it is dropped
+                kinds.add(notices.recv(4)[3:])  # the rest of it is dropped
             except BlockingIOError:
-                return
+                break
             except OSError:  # ENOBUFS: more than fitted
-                continue
+                kinds.add(b"")
+        return kinds != {_ROUTE_MISS}
 
     def close(self) -> None:
         """Let go of it."""
@@ -6210,7 +6219,8 @@ def _run_child(options: ServerOptions, core_limit: tuple[int, int] | None, gate:
     """Become the user's program. Runs in the child; does not return unless it fails."""
     # What the login ignored stays ignored across exec: in a server that a script started in the background, Ctrl-C too.
     for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
-        signal.signal(number, signal.SIG_DFL)
+        with contextlib.suppress(OSError):  # FreeBSD's C library counts one that it keeps to itself
+            signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     modes = termios.tcgetattr(0)
     modes[0] |= _IUTF8
@@ -6481,8 +6491,9 @@ def _check_for_pty() -> None:
     """Raise BootstrapError if a session would lack a pty or descriptors, while somebody is there to read it."""
     held: list[int] = []
     try:
-        held += os.pipe()  # a session begins with a pipe and a pty, and later has no more than that
+        held += os.pipe()  # a session begins with a pipe and a pty, and later has no more than that,
         held += os.openpty()
+        held.append(os.dup(held[0]))  # except what libffi 3.5 keeps open from when forbid_tracing loads it
     except OSError as error:
         raise BootstrapError(f"a session needs a pty, and none can be opened: {error.strerror}") from None
     finally:

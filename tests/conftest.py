@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -59,6 +60,18 @@ def require_kind(*kinds: peers.Kind) -> None:
         require("mosh-client")
     if "ours" in kinds and not peers.ours_path().exists():
         _missing(f"{peers.ours_path().name} does not exist")
+
+
+def link_local_address() -> tuple[str, int, int, int]:
+    """An address of this machine, for any port, that means nothing without the interface."""
+    try:
+        lines = Path("/proc/net/if_inet6").read_text(encoding="ascii").splitlines()
+    except OSError:
+        lines = []
+    for digits, index, _, scope, *_ in map(str.split, lines):
+        if scope == "20":
+            return socket.inet_ntop(socket.AF_INET6, bytes.fromhex(digits)), 0, 0, int(index, 16)
+    pytest.skip("this machine has no link-local address")
 
 
 def _missing(reason: str) -> NoReturn:

@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 import build_zipapp
 import mosh
 import peers
-from conftest import require
+from conftest import link_local_address, require
 from peers import LOOPBACK
 
 KEY = "AAECAwQFBgcICQoLDA0ODw"
@@ -512,7 +512,7 @@ def test_the_proxy_says_where_it_connected_and_relays_both_ways(listener: socket
 
 
 def test_the_proxy_reaches_an_address_that_holds_on_one_link_only() -> None:
-    with socket.create_server(_link_local_address(), family=socket.AF_INET6) as listener:
+    with socket.create_server(link_local_address(), family=socket.AF_INET6) as listener:
         host, port = socket.getnameinfo(listener.getsockname(), socket.NI_NUMERICHOST | socket.NI_NUMERICSERV)
         with subprocess.Popen(
             [*peers.ours_command(), "--fake-proxy", "--", host, port], stdin=subprocess.DEVNULL,
@@ -521,18 +521,6 @@ def test_the_proxy_reaches_an_address_that_holds_on_one_link_only() -> None:
             listener.settimeout(LIMIT_SECONDS)
             listener.accept()[0].close()
             assert proxy.communicate(timeout=LIMIT_SECONDS) == (b"", f"MOSH IP {host}\n".encode())
-
-
-def _link_local_address() -> tuple[str, int, int, int]:
-    """An address of this machine, for any port, that means nothing without the interface."""
-    try:
-        lines = Path("/proc/net/if_inet6").read_text(encoding="ascii").splitlines()
-    except OSError:
-        lines = []
-    for digits, index, _, scope, *_ in map(str.split, lines):
-        if scope == "20":
-            return socket.inet_ntop(socket.AF_INET6, bytes.fromhex(digits)), 0, 0, int(index, 16)
-    pytest.skip("this machine has no link-local address")
 
 
 def test_the_proxy_names_what_it_could_not_reach(listener: socket.socket) -> None:

@@ -11,10 +11,12 @@ import os
 import re
 import shlex
 import shutil
+import site
 import socket
 import subprocess
 import sys
 import uuid
+import venv
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -61,7 +63,14 @@ class FarHost:
 
     def has_python(self) -> None:
         """Install python3, the interpreter that runs these tests with the packages it has."""
-        self.install("python3", f'exec {shlex.quote(sys.executable)} "$@"')
+        python = Path(sys.executable)
+        if str(python.resolve()) in system_pythons():           # which this host may hide, with all links to it
+            folder = self.programs.parent / "far-python"
+            venv.create(folder, symlinks=False)
+            python = folder / "bin/python3"
+            packages = next(folder.glob("lib/python*/site-packages"))
+            (packages / "tests.pth").write_text("\n".join(site.getsitepackages()), encoding="utf-8")
+        self.install("python3", f'exec {shlex.quote(str(python))} "$@"')
 
     def has_stock_server(self) -> None:
         """Install stock mosh-server."""
@@ -82,6 +91,11 @@ class FarHost:
 
 # Where the login looks for a Python besides PATH. A host that is to have none hides those of this machine.
 SYSTEM_PYTHONS = ("/usr/bin/python3", "/usr/local/bin/python3", "/opt/homebrew/bin/python3")
+
+
+def system_pythons() -> list[str]:
+    """The files that these are on this machine."""
+    return sorted({str(Path(python).resolve()) for python in SYSTEM_PYTHONS if Path(python).exists()})
 
 
 @contextmanager
@@ -126,7 +140,7 @@ def with_mounts(*commands: str) -> str:
 
 def without_system_python() -> str:
     """Shell text for a login to a host that has no Python outside its PATH."""
-    there = sorted({str(Path(python).resolve()) for python in SYSTEM_PYTHONS if Path(python).exists()})
+    there = system_pythons()
     return with_mounts(*(f"mount --bind /dev/null {shlex.quote(python)}" for python in there)) if there else LOGIN
 
 

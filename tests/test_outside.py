@@ -16,6 +16,7 @@ import termios
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -144,7 +145,8 @@ def test_a_closed_port_is_told_and_the_socket_goes_on(place: tuple[int, str]) ->
 
 
 @pytest.mark.parametrize(("mark", "congested"), [(0, False), (1, False), (2, False), (3, True), (0xFF, True)])
-@pytest.mark.parametrize("bound_to", ["127.0.0.1", pytest.param("::", marks=needs_ipv6)])
+@pytest.mark.parametrize("bound_to", ["127.0.0.1", pytest.param("::", marks=[needs_ipv6, pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="only Linux tells an IPv6 socket what comes with IPv4")])])
 def test_a_congestion_mark_on_ipv4_is_seen(bound_to: str, mark: int, congested: bool) -> None:
     """RFC 3168: both bits set. A socket on the IPv6 wildcard sees it too; on IPv6 itself stock does not look."""
     udp = mosh.UdpSocket(socket.AF_INET6 if ":" in bound_to else socket.AF_INET)
@@ -375,6 +377,38 @@ def test_a_socket_on_any_address_answers_from_the_one_that_was_asked(bound_to: s
     client.close()
 
 
+class _MacSocket:
+    """A socket whose system names the target of a datagram and leaves our address to us."""
+
+    def __init__(self, real: socket.socket) -> None:
+        self._real = real
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+    def recvmsg(self, *sizes: int) -> tuple[bytes, list[tuple[int, int, bytes]], int, Any]:
+        data, ancillary, flags, source = self._real.recvmsg(*sizes)
+        return data, [
+            (level, kind, value[:4] + bytes(4) + value[8:] if len(value) == mosh._PKTINFO_4.size else value)
+            for level, kind, value in ancillary
+        ], flags, source
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux has all of 127.0.0.0/8")
+def test_the_target_of_a_datagram_serves_where_the_system_tells_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    udp, client = mosh.UdpSocket(socket.AF_INET), mosh.UdpSocket(socket.AF_INET)
+    udp.bind("0.0.0.0", 0)
+    monkeypatch.setattr(udp, "_socket", _MacSocket(udp._socket))
+    client.send(b"hello", ("127.0.0.2", udp.port))
+    received = _received(udp)
+    assert received is not None
+    udp.send(b"back", received[1])
+    answer = _received(client)
+    assert answer is not None and answer[:2] == (b"back", ("127.0.0.2", udp.port))
+    udp.close()
+    client.close()
+
+
 @needs_ipv6
 def test_the_same_on_ipv6_and_two_questions_to_different_addresses_are_told_apart() -> None:
     udp, client = mosh.UdpSocket(socket.AF_INET6), mosh.UdpSocket(socket.AF_INET6)
@@ -491,6 +525,27 @@ def test_a_notice_of_the_kernel_makes_it_look_soon_but_not_for_each(watch: mosh.
     assert not watch.changed(TARGETS, (), 9 + mosh.NOTICE_MS)
     assert watch.changed(TARGETS, (), 10 + mosh.NOTICE_MS)
     assert watch.readable() == notice and watch.next_timeout() is None
+
+
+@pytest.mark.parametrize(("kinds", "looks"), [
+    ([0x07], False), ([0x07] * 3, False), ([0x07, 0x0C], True), ([0x0C, 0x07], True), ([0x0E], True), ([], True),
+])  # fmt: skip
+def test_a_lookup_that_failed_is_no_notice_since_offline_each_look_is_one(
+    world: World, monkeypatch: pytest.MonkeyPatch, kinds: list[int], looks: bool
+) -> None:
+    """What a routing socket of the BSDs tells: struct rt_msghdr begins with length, version and kind."""
+    assert world.sources
+    ours, kernel = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    ours.setblocking(False)
+    monkeypatch.setattr(mosh.NetworkWatch, "_kernel_notices", staticmethod(lambda: ours))
+    watch = mosh.NetworkWatch(0)
+    for kind in kinds:
+        kernel.send(struct.pack("=HBB", 92, 5, kind) + bytes(88))
+    assert not watch.changed(TARGETS, watch.readable(), 10)
+    assert watch.next_timeout() == (10 + mosh.NOTICE_MS if looks else None)
+    assert not mosh.wait([ours], (), 0)
+    watch.close()
+    kernel.close()
 
 
 def test_a_new_target_is_no_other_network(watch: mosh.NetworkWatch) -> None:

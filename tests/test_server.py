@@ -12,12 +12,14 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 import mosh
 import peers
+from conftest import link_local_address
 from peers import LOOPBACK, Server, process_alive, running_server, session_env, wait_until
 
 LIMIT_SECONDS = 20.0
@@ -95,6 +97,13 @@ def test_where_ssh_got_to_is_no_wish_where_every_address_answers_by_itself() -> 
     options.by_ssh = True
     with _bound(options) as (_, host):
         assert host in (("::", "0.0.0.0") if sys.platform.startswith("linux") else (LOOPBACK,))
+
+
+def test_a_link_local_address_is_taken_with_the_interface_that_it_names(capfd: pytest.CaptureFixture[str]) -> None:
+    host = socket.getnameinfo(link_local_address(), socket.NI_NUMERICHOST | socket.NI_NUMERICSERV)[0]
+    with _bound(_options((0, 0), host)) as (udp, bound):
+        assert (bound, udp.family) == (host.partition("%")[0], socket.AF_INET6)
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("free", [0, 1, 3])
@@ -351,6 +360,28 @@ def test_a_host_without_ptys_is_named_before_anything_is_announced(home: Path) -
     assert finished.stderr.startswith("mosh: a session needs a pty") and finished.stderr.count("\n") == 1
 
 
+def test_who_is_told_of_a_server_is_served_whatever_a_library_keeps_open(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """libffi 3.5 holds a file of its own from when ctypes is loaded. The fewest descriptors that will do are enough."""
+    code = f"import os, sys; sys.path.insert(0, {str(peers.REPOSITORY)!r}); import mosh; "
+    code += "mosh.forbid_tracing = lambda: os.open(os.devnull, os.O_RDONLY); sys.exit(mosh.main(['', *sys.argv[1:]]))"
+    monkeypatch.setattr(peers, "ours_command", lambda: [sys.executable, "-c", code])
+    for count in range(3, 16):
+        try:
+            server = start(command=_shell("true"), before=partial(_limit_descriptors, count))[1]
+        except AssertionError:      # it has said why there is none
+            continue
+        with Session(server) as session:
+            session.wait_for("all said")
+        return
+    pytest.fail("a server takes more than 15 descriptors")
+
+
+def _limit_descriptors(count: int) -> None:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (count, count))
+
+
 @pytest.mark.parametrize("environ", [
     {"LANG": None}, {"LANG": "C"}, {"LC_ALL": "C"}, {"LC_ALL": "POSIX"}, {"LC_ALL": "xx_XX"}, {"LC_CTYPE": "C"},
 ], ids=str)  # fmt: skip
@@ -478,6 +509,16 @@ def test_the_program_finds_its_signals_as_a_login_would(start: Start) -> None:
     reserved = 0b11 << 31  # signals 32 and 33, which the C library keeps to itself, are as they were before all of us
     masks = [int(line.split()[1], 16) & ~reserved for line in shown.splitlines() if line.startswith("Sig")]
     assert masks == [0, 0]
+
+
+def test_a_signal_that_may_not_be_set_ends_no_session(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FreeBSD lists 32 as valid, which its C library keeps to itself, as that of Linux does."""
+    code = f"import signal, sys; sys.path.insert(0, {str(peers.REPOSITORY)!r}); import mosh; "
+    code += "valid = signal.valid_signals(); signal.valid_signals = lambda: valid | {32}; "
+    code += "sys.exit(mosh.main(['mosh.py', *sys.argv[1:]]))"
+    monkeypatch.setattr(peers, "ours_command", lambda: [sys.executable, "-c", code])
+    with Session(start(command=_shell("true"))[1]) as session:
+        session.wait_for("all said")
 
 
 def test_a_program_that_cannot_run_is_named(start: Start) -> None:
