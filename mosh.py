@@ -142,6 +142,8 @@ FIRST_PORT, LAST_PORT = 60001, 60999  # where a server looks for a free UDP port
 class MoshError(Exception):
     """Base of every error this module raises on purpose; its text is for the user and never holds a key."""
 
+    status = 1  # to exit with
+
 
 class PacketError(MoshError):
     """Bytes from outside that are not valid: drop them, count them, answer nothing."""
@@ -2389,7 +2391,7 @@ class Parser:
     def _step(self, char: str, out: list[str]) -> None:
         """Take one character through the state table."""
         code = ord(char)
-        row = _STEPS.get(self.state, {})
+        row = _STEPS[self.state]
         action, state = _ANYWHERE.get(code) or row.get(code if code < 0xA0 else _LETTER, _NO_STEP)
         if state is not None and self.state is ParserState.OSC:
             _append(out, f"\x1b]{self._osc}\a")  # leaving by any route ends the command
@@ -2505,17 +2507,10 @@ def _end_of_lines(data: bytes, start: int) -> int:
     return end
 
 
-class SavedCursor:
-    """What DECSC saves."""
+class SavedCursor(namedtuple("SavedCursor", "row col pen autowrap origin_mode")):
+    """What DECSC saves; the pen as a Rendition."""
 
-    __slots__ = ("autowrap", "col", "origin_mode", "pen", "row")
-
-    def __init__(self, row: int, col: int, pen: Rendition, autowrap: bool, origin_mode: bool) -> None:
-        self.row = row
-        self.col = col
-        self.pen = pen
-        self.autowrap = autowrap
-        self.origin_mode = origin_mode
+    __slots__ = ()
 
 
 _HOME = SavedCursor(0, 0, Rendition(), autowrap=True, origin_mode=False)
@@ -2822,10 +2817,6 @@ class Emulator:
     def _go_col(self, col: int) -> None:
         self._go(self.framebuffer.cursor_row, col)
 
-    def _go_addressed(self, row: int) -> None:
-        """Move to a row counted from the margin that origin mode sets."""
-        self._go_row(self._limits()[0] + row)
-
     def _step_rows(self, count: int) -> None:
         """Move down (up if negative), scrolling at the margins of the scrolling region."""
         row, top, bottom = self.framebuffer.cursor_row, self.region_top, self.region_bottom
@@ -2877,9 +2868,8 @@ class Emulator:
     def decsc(self, _: Parameters = ()) -> None:
         framebuffer = self.framebuffer
         pen = framebuffer.codebook.rendition(framebuffer.pen)
-        self.saved_cursor = SavedCursor(
-            framebuffer.cursor_row, framebuffer.cursor_col, pen, self.autowrap, self.origin_mode
-        )
+        row, col = framebuffer.cursor_row, framebuffer.cursor_col
+        self.saved_cursor = SavedCursor(row, col, pen, self.autowrap, self.origin_mode)
 
     def decrc(self, _: Parameters = ()) -> None:
         saved = self.saved_cursor
@@ -2913,10 +2903,10 @@ class Emulator:
 
     def cup(self, parameters: Parameters) -> None:
         col = (parameters[1] or 1) - 1 if len(parameters) > 1 else 0
-        self._go((parameters[0] or 1) - 1 + (self.region_top if self.origin_mode else 0), col)
+        self._go(self._limits()[0] + (parameters[0] or 1) - 1, col)
 
     def vpa(self, parameters: Parameters) -> None:
-        self._go_addressed((parameters[0] or 1) - 1)
+        self._go_row(self._limits()[0] + (parameters[0] or 1) - 1)
 
     def cha(self, parameters: Parameters) -> None:
         self._go_col((parameters[0] or 1) - 1)
@@ -3371,7 +3361,7 @@ class _FrameWriter:
         if not known or last.focus_events != new.focus_events:
             out.append(_mode(1004, new.focus_events))
         if not known or last.mouse_encoding != new.mouse_encoding:
-            out.append(_exclusive_mode((1015, 1006, 1005), last.mouse_encoding, new.mouse_encoding))
+            out.append(_exclusive_mode(MOUSE_ENCODINGS[::-1], last.mouse_encoding, new.mouse_encoding))
 
     # -- scrolling
 
@@ -3982,7 +3972,6 @@ _BLANKS = ("", " ", "\xa0")
 
 CodePair = tuple[str, str]  # a cell as (text, attrs) code points
 
-
 # A user who types on while the network is down would be remembered key by key; only the newest count for anything.
 OLDS_LIMIT = 64  # former contents of a cell
 CURSORS_LIMIT = 256  # predicted cursors, one per epoch
@@ -4283,10 +4272,9 @@ class PredictionEngine:
             cells = zip(self.rows[row], screen.codes_of(row) if row < screen.height else ())
             for col, (cell, there) in enumerate(cells):
                 if cell.active and cell.until <= self.confirmed_epoch and (cell.unknown or cell.new != there):
-                    self._apply_cell(cell, row, col, screen)
+                    self._apply_cell(cell, there, row, col, screen)
 
-    def _apply_cell(self, cell: CellPrediction, row: int, col: int, screen: Framebuffer) -> None:
-        there = screen.code_at(row, col)
+    def _apply_cell(self, cell: CellPrediction, there: CodePair, row: int, col: int, screen: Framebuffer) -> None:
         underline = self.underlines and not (self._is_blank(there) and self._is_blank(cell.new))
         if not cell.unknown:
             text, attr = cell.new
@@ -4343,7 +4331,7 @@ class PredictionEngine:
     def _new_cursor(self, row: int, col: int) -> CursorPrediction:
         cursor = CursorPrediction(row, col, self.epoch, self._last_sent_num + 1)
         self.cursors = [*self.cursors[1 - CURSORS_LIMIT :], cursor]
-        return self.cursors[-1]
+        return cursor
 
     def _ensure_cursor(self) -> CursorPrediction:
         """Return the cursor prediction of this epoch, made from the last one or from the screen."""
@@ -4472,30 +4460,25 @@ class NotificationBar:
         self._message = ""
         self._expires_at: int | None = None  # None: stays until replaced
         self._shows_hint = True
-        self._is_network_error = False
+        self.tells_network_error = False  # the system's word on a failure to send, the reason of what follows from it
 
     def set_message(self, text: str, now: int, *, permanent: bool = False, hint: bool = True) -> None:
         """Show `text` for MESSAGE_MS or until replaced; empty text clears it."""
         self._message = text
         self._expires_at = None if permanent else now + MESSAGE_MS
         self._shows_hint = hint
-        self._is_network_error = False
+        self.tells_network_error = False
 
     def set_network_error(self, text: str, now: int) -> None:
         """Show the system's word on a failure to send."""
         self.set_message(text, now)
         self._expires_at = now + NETWORK_ERROR_MS
-        self._is_network_error = True
+        self.tells_network_error = True
 
     def network_works(self, now: int) -> None:
         """A datagram could be sent: a network error goes soon."""
-        if self._is_network_error and self._expires_at is not None:
+        if self.tells_network_error and self._expires_at is not None:
             self._expires_at = min(self._expires_at, now + MESSAGE_MS)
-
-    @property
-    def tells_network_error(self) -> bool:
-        """Whether the newest word is the system's on a failure to send, which is the reason of what follows from it."""
-        return self._is_network_error
 
     def text(self, now: int, width: int = BAR_LIMIT) -> str:
         """Return the line, empty if nothing is to be shown. Where it is too long, how to quit outlasts for how long."""
@@ -4611,7 +4594,7 @@ TITLE_PREFIX = "[mosh] "
 SYNCHRONIZED_OUTPUT_QUERY = b"\x1b[?2026$p"
 _SYNCHRONIZED_OUTPUT_REPLY = lazy_pattern(rb"\x1b\[\?2026;([0-4])\$y")
 _CUT_OFF_REPLY = lazy_pattern(rb"\x1b\[\?[0-9]{0,4}(?:;[0-4]?\$?)?\Z")  # no key sends the first three bytes
-_REPLY_LIMIT_MS = 5_000
+_TERMINAL_REPLY_MS = 5_000  # from then on all input is the user's
 
 
 class ServerCore:
@@ -4689,16 +4672,13 @@ class ServerCore:
                 self.client_hello, self._hello = event, Hello()
             else:
                 keys.append(event)
-        self._feed_keys(keys)
-        if any(isinstance(event, int) for event in events):
+        if keys:
+            filtered = self._key_filter.filter(bytes(keys), self._emulator.application_cursor_keys)
+            self.host_input += filtered[: max(0, INPUT_LIMIT_BYTES - len(self.host_input))]
             self.transport.sender.expect_answer(now)
         if events:
             self._echo_pending.append((now + ECHO_ACK_DELAY_MS, remote.num))
             self._changed = True
-
-    def _feed_keys(self, keys: bytearray) -> None:
-        filtered = self._key_filter.filter(bytes(keys), self._emulator.application_cursor_keys)
-        self.host_input += filtered[: max(0, INPUT_LIMIT_BYTES - len(self.host_input))]
 
     def _resize(self) -> None:
         """Give the screen the user's size, as late as possible: of several sizes only the last one matters.
@@ -4773,17 +4753,11 @@ class EscapeKey:
 
     def __init__(self, setting: bytes | None) -> None:
         """`setting`: the value of MOSH_ESCAPE_KEY, None if unset. Source: stock mosh-client's manual page."""
-        self.key: int | None = None
-        self._pass_keys = b"^"
-        self._needs_newline = False  # a printable escape key counts only at the start of a line
-        if setting != b"":
-            self._choose(setting[0] if setting is not None and len(setting) == 1 else DEFAULT_ESCAPE_KEY)
-
-    def _choose(self, key: int) -> None:
+        key = setting[0] if setting is not None and len(setting) == 1 else DEFAULT_ESCAPE_KEY
         if not 0 < key < 0x80 or key in b"\x03\x04\n\x0c\r":
             key = DEFAULT_ESCAPE_KEY
-        self.key = key
-        self._needs_newline = key >= 0x20
+        self.key = None if setting == b"" else key
+        self._needs_newline = key >= 0x20  # a printable escape key counts only at the start of a line
         pass_key = bytes((key if key >= 0x20 else key + 0x40,))
         self._pass_keys = pass_key + pass_key.lower()
 
@@ -4902,7 +4876,7 @@ class Roaming:
         self._silent_at = None if heard_at is None else heard_at + SILENT_MS
         overdue_at = self._overdue_at()
         if overdue_at is not None and now >= overdue_at:
-            self._doubted.update([] if self.current is None else [self.current])
+            self._doubted.add(self.current)
             self._search(now)
         if self._tries and now >= self._tries[0]:
             self._tries.pop(0)
@@ -4996,7 +4970,7 @@ class ClientCore:
         self._in_command = False
         self._after_newline = False
         self.suspend_requested = False  # the shell takes it back once it has suspended
-        self._asks_terminal_until = now + _REPLY_LIMIT_MS  # from then on all input is the user's
+        self._asks_terminal_until = now + _TERMINAL_REPLY_MS
         self._cut_off_reply = b""
         # the user's screen
         self._frame_marks = (b"", b"")  # around each frame
@@ -5032,7 +5006,7 @@ class ClientCore:
 
     def note_bad_datagram(self, error: PacketError, now: int) -> None:
         """Tell the user why a datagram was dropped, while there is no session that it could only disturb."""
-        if self.is_connecting and self.phase is Phase.CONNECTING:
+        if self.phase is Phase.CONNECTING:
             self.bar.set_message(f"Crypto exception: {error}", now)
 
     def note_network_error(self, text: str, now: int) -> None:
@@ -5051,7 +5025,7 @@ class ClientCore:
 
     def receive_keys(self, data: bytes, now: int) -> None:
         """Take in what the user typed, one read at a time: a long one is a paste and is not predicted."""
-        if self.transport.phase in (Phase.CLOSING, Phase.CLOSED):
+        if self.phase in (Phase.CLOSING, Phase.CLOSED):
             return
         if now < self._asks_terminal_until or self._cut_off_reply:
             data = self._without_reply(data)
@@ -5201,13 +5175,13 @@ class ClientCore:
 
     def start_shutdown(self, reason: str, now: int) -> None:
         """Leave, telling the user why and the server that."""
-        if self.transport.phase not in (Phase.CLOSING, Phase.CLOSED):
+        if self.phase not in (Phase.CLOSING, Phase.CLOSED):
             self.bar.set_message(reason, now, permanent=True)
             self.transport.start_shutdown(now)
 
     def _update_notices(self, now: int) -> None:
         waited_ms = now - self._started_at
-        if not self.is_connecting or self.transport.phase is not Phase.CONNECTING:
+        if self.phase is not Phase.CONNECTING:
             return
         if waited_ms > CONNECT_LIMIT_MS:
             self.start_shutdown("Timed out waiting for server...", now)
@@ -5265,7 +5239,7 @@ if TYPE_CHECKING:
     import argparse
     import subprocess
     from collections.abc import MutableMapping
-    from types import FrameType, TracebackType
+    from types import FrameType
 
 # ======================================================================================================================
 # == 16. Outside world -- monotonic clock, UDP sockets, selector loop, signals
@@ -5301,18 +5275,12 @@ _PKTINFO_6 = struct.Struct("=16sI")  # the datagram's target, interface: struct 
 _ANCILLARY_BYTES = socket.CMSG_SPACE(4) + socket.CMSG_SPACE(_PKTINFO_6.size)  # the largest that a datagram can bring
 _ERROR_ANCILLARY_BYTES = 256  # and more than an error can
 _IUTF8 = getattr(termios, "IUTF8", 0x4000)  # not in Python's termios module before 3.12; Linux and macOS agree
-_FAMILY_NAMES = {socket.AF_INET: "IPv4", socket.AF_INET6: "IPv6"}
+_FAMILY_NAMES: dict[int, str] = {socket.AF_INET: "IPv4", socket.AF_INET6: "IPv6"}
 
 
 def monotonic_ms() -> int:
     """Return the clock that everything runs by."""
     return time.monotonic_ns() // 1_000_000
-
-
-def environment_bytes(name: str) -> bytes | None:
-    """Return an environment variable as bytes, None if it is unset."""
-    value = os.environ.get(name)
-    return None if value is None else os.fsencode(value)
 
 
 _TERMINAL_SEQUENCE = lazy_pattern(
@@ -5341,7 +5309,7 @@ def write_all(descriptor: int, data: bytes) -> None:
 def window_size(descriptor: int) -> tuple[int, int]:
     """Return (width, height) of a terminal; 80x24 where the system says 0 or nothing."""
     try:
-        height, width, _, _ = struct.unpack("HHHH", fcntl.ioctl(descriptor, termios.TIOCGWINSZ, bytes(8)))
+        width, height = os.get_terminal_size(descriptor)
     except OSError:
         return 80, 24
     return (width, height) if width and height else (80, 24)
@@ -5383,7 +5351,7 @@ def take_secret_from_environment(name: str) -> str | None:
         getenv.restype = ctypes.c_void_p
         address = getenv(name.encode())
         if address:  # security: removing it only unlinks it, the text stays where exec has put it
-            ctypes.memset(address, 0, len(environment_bytes(name) or b""))
+            ctypes.memset(address, 0, len(os.environb[name.encode()]))
     return os.environ.pop(name)
 
 
@@ -5463,8 +5431,7 @@ class UdpSocket:
         if self.family == socket.AF_INET6:
             level, option = socket.IPPROTO_IPV6, _IPV6_RECVPKTINFO
         if option is not None:  # where the system has neither it chooses the source of an answer itself
-            with contextlib.suppress(OSError):
-                self._socket.setsockopt(level, option, 1)
+            self._set_option(level, option, 1)
 
     def hear_icmp(self) -> None:
         """Let icmp_errors return something, where the system has a way: Linux."""
@@ -5982,8 +5949,9 @@ def _cipher_attempts(wanted: str) -> Iterator[tuple[str, Callable[[bytes], Ciphe
     yield from ((name, make, "in mosh.pyz") for name, make in named if make not in INSTALLED_CIPHERS)
 
 
-def choose_cipher(wanted: str = "") -> Callable[[bytes], Cipher]:
-    """Return the first backend that works, or the one named `wanted`. Raises BootstrapError naming every reason."""
+def choose_cipher() -> Callable[[bytes], Cipher]:
+    """Return the first backend that works, or the one MOSH_CRYPTO names. Raises BootstrapError naming every reason."""
+    wanted = os.environ.get("MOSH_CRYPTO", "")
     names = [make.name for make in CIPHERS]  # type: ignore[attr-defined]
     if wanted not in ("", *names):
         raise BootstrapError(f"MOSH_CRYPTO is {wanted!a}; it can be {', '.join(names[:-1])} or {names[-1]}")
@@ -6417,7 +6385,7 @@ class Server:
 def serve(options: ServerOptions) -> int:
     """Announce a session, detach, and serve it. Returns the exit status of the process that was started."""
     core_limit = disable_core_dumps()
-    make_cipher = choose_cipher(os.environ.get("MOSH_CRYPTO", ""))
+    make_cipher = choose_cipher()
     use_utf8_locale(os.environ, options.locale)
     network_timeout_s = _seconds_from_environment("MOSH_SERVER_NETWORK_TMOUT")
     signal_timeout_s = _seconds_from_environment("MOSH_SERVER_SIGNAL_TMOUT")
@@ -6444,7 +6412,7 @@ def serve(options: ServerOptions) -> int:
     channel = Channel(make_cipher(key.raw), TO_CLIENT)
     os.register_at_fork(after_in_child=channel.retire)
     del key
-    mtu_bytes = MTU_BYTES[_FAMILY_NAMES[socket.AddressFamily(udp.family)]]
+    mtu_bytes = MTU_BYTES[_FAMILY_NAMES[udp.family]]
     core = ServerCore(channel, now, width=width, height=height, random_bytes=os.urandom, mtu_bytes=mtu_bytes)
     Server(core, udp, child, now, _logger(options.verbose), (network_timeout_s, signal_timeout_s)).run()
     return 0
@@ -6490,7 +6458,7 @@ KEYBOARD_READ_BYTES = 16_384
 LOOKUP_LIMIT_MS = 10_000  # a resolver that has not answered by then gets another chance later
 LOOKUP_LIMIT_BYTES = 16_384
 _CLOSE_SEQUENCES = b"\x1b[?1l\x1b[0m\x1b[?25h" + b"".join(
-    b"\x1b[?%dl" % mode for mode in (1003, 1002, 1001, 1000, 9, 1015, 1006, 1005, 1004, 2004)
+    b"\x1b[?%dl" % mode for mode in (*MOUSE_MODES[::-1], *MOUSE_ENCODINGS[::-1], 1004, 2004)
 )
 _TITLE_TERMINALS = ("xterm", "rxvt", "kterm", "Eterm", "alacritty", "screen", "tmux")
 _KNOWN_TERMINALS = (*_TITLE_TERMINALS, "vt", "linux", "foot", "konsole", "gnome", "st", "wezterm", "ghostty")
@@ -6540,9 +6508,7 @@ class RawTerminal:
         self.enter()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         self.leave()
 
     def enter(self) -> None:
@@ -6584,20 +6550,10 @@ class ClientOptions:
         self.init = True  # switch to the alternate screen
 
 
-class Candidate:
+class Candidate(namedtuple("Candidate", "family sockaddr")):
     """An address the server may have."""
 
-    __slots__ = ("family", "sockaddr")
-
-    def __init__(self, family: int, sockaddr: Address) -> None:
-        self.family = family
-        self.sockaddr = sockaddr
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Candidate) and (self.family, self.sockaddr) == (other.family, other.sockaddr)
-
-    def __hash__(self) -> int:
-        return hash((self.family, self.sockaddr))
+    __slots__ = ()
 
     def __str__(self) -> str:
         try:
@@ -6792,8 +6748,7 @@ class Client:
 
     def _follow_network(self, ready: set[Any], now: int) -> None:
         roaming = self._core.roaming
-        targets = [(candidate.family, candidate.sockaddr) for candidate in roaming.candidates]
-        if self._network.changed(targets, ready, now):
+        if self._network.changed(roaming.candidates, ready, now):
             roaming.network_changed(now)
         if roaming.wants_lookup(now):
             self._lookup.start(now)
@@ -6953,10 +6908,10 @@ def _make_client_core(
         random_bytes=os.urandom,
         mode=options.mode,
         overwrite=options.overwrite,
-        escape_key=EscapeKey(environment_bytes("MOSH_ESCAPE_KEY")),
+        escape_key=EscapeKey(os.environb.get(b"MOSH_ESCAPE_KEY")),
         title_prefix="" if "MOSH_TITLE_NOPREFIX" in os.environ else TITLE_PREFIX,
         display=Display(ech=terminfo.ech, bce=terminfo.bce, title=terminfo.title, hide_cursor=True),
-        mtu_bytes=min(MTU_BYTES[_FAMILY_NAMES[socket.AddressFamily(family)]] for family in families),
+        mtu_bytes=min(MTU_BYTES[_FAMILY_NAMES[family]] for family in families),
         named=named,
     )
 
@@ -7801,7 +7756,7 @@ def _version_text(verbose: bool) -> str:
         return _VERSION_TEXT
     program = Program.own()
     try:
-        chosen = choose_cipher(os.environ.get("MOSH_CRYPTO", ""))(bytes(KEY_BYTES))
+        chosen = choose_cipher()(bytes(KEY_BYTES))
         cipher = chosen.name + (f", unpacked to {chosen.place}" if isinstance(chosen, BundledCipher) else "")
     except BootstrapError as error:
         cipher = f"none: {error}"
@@ -8001,7 +7956,7 @@ def wrapper_main(words: Sequence[str]) -> int:
     login = Login(login_options, terminfo.colors)
     try:
         login.start()
-        make_cipher = choose_cipher(os.environ.get("MOSH_CRYPTO", ""))  # 7 to 90 ms, in which ssh is on its way
+        make_cipher = choose_cipher()  # 7 to 90 ms, in which ssh is on its way
         disable_core_dumps()
         key_text, port, candidates = login.finish()
         if arguments.client:
@@ -8152,7 +8107,7 @@ def client_main(program: str, words: Sequence[str]) -> int:
         raise UsageError(f"Bad IP address ({host})") from None
     candidates = [Candidate(entry[0], entry[4]) for entry in found]
     terminfo = Terminfo(os.environ.get("TERM", ""))
-    make_cipher = choose_cipher(os.environ.get("MOSH_CRYPTO", ""))
+    make_cipher = choose_cipher()
     return run_client(key, candidates, port, _client_options(None, None, True), terminfo, make_cipher)
 
 
@@ -8191,12 +8146,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 1
         print(f"mosh: {error}\n{_USAGE_HINT}", file=sys.stderr)
         return USAGE_ERROR
-    except BootstrapError as error:
+    except MoshError as error:
         print(f"mosh: {printable(str(error))}", file=sys.stderr)  # security: it may quote what the host has said
         return error.status
-    except MoshError as error:
-        print(f"mosh: {printable(str(error))}", file=sys.stderr)
-        return 1
     except OSError as error:
         with contextlib.suppress(OSError):
             print(f"mosh: {error.strerror or error}", file=sys.stderr)

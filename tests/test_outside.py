@@ -320,14 +320,6 @@ def test_a_reader_that_has_gone_is_no_error(pair: tuple[socket.socket, socket.so
     mosh.write_all(pair[0].fileno(), b"nobody reads this")
 
 
-@pytest.mark.parametrize(("value", "expected"), [(None, None), ("", b""), ("^", b"^"), ("\udcff", b"\xff")])
-def test_the_environment_as_bytes(value: str | None, expected: bytes | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("MOSH_TEST", raising=False)
-    if value is not None:
-        monkeypatch.setenv("MOSH_TEST", value)
-    assert mosh.environment_bytes("MOSH_TEST") == expected
-
-
 @pytest.mark.parametrize("kind", ["file", "link", "archive"])
 def test_the_program_knows_how_to_start_itself_again(kind: str, tmp_path: Path) -> None:
     """From another folder, and with a relative path."""
