@@ -49,7 +49,7 @@ import zlib
 from collections import deque, namedtuple
 from enum import Enum, auto
 from functools import lru_cache
-from itertools import accumulate, takewhile
+from itertools import accumulate, groupby, takewhile
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -3790,17 +3790,12 @@ class UserStream:
     def diff_from(self, base: UserStream) -> bytes:
         """Return a UserMessage with the events after `base`."""
         out = []
-        keys = bytearray()
-        for event in self.events_since(base.length):
-            if isinstance(event, int):
-                keys.append(event)
-                continue
-            if keys:
-                out.append(_instruction(USER_KEYSTROKE, encode_field(KEYSTROKE_KEYS, bytes(keys))))
-                keys.clear()
-            out.append(_instruction(USER_RESIZE if isinstance(event, Resize) else HELLO, event.encode()))
-        if keys:
-            out.append(_instruction(USER_KEYSTROKE, encode_field(KEYSTROKE_KEYS, bytes(keys))))
+        runs: Iterable[tuple[Any, Iterator[Any]]] = groupby(self.events_since(base.length), type)
+        for kind, run in runs:
+            if kind is int:
+                out.append(_instruction(USER_KEYSTROKE, encode_field(KEYSTROKE_KEYS, bytes(run))))
+            else:
+                out += [_instruction(USER_RESIZE if kind is Resize else HELLO, event.encode()) for event in run]
         return b"".join(out)
 
     def applied(self, diff: bytes) -> UserStream:
@@ -4597,6 +4592,11 @@ _CUT_OFF_REPLY = lazy_pattern(rb"\x1b\[\?[0-9]{0,4}(?:;[0-4]?\$?)?\Z")  # no key
 _TERMINAL_REPLY_MS = 5_000  # from then on all input is the user's
 
 
+def earliest(deadlines: Iterable[int | None]) -> int | None:
+    """Return the first of some deadlines, of which None is never."""
+    return min((deadline for deadline in deadlines if deadline is not None), default=None)
+
+
 class ServerCore:
     """The server's end: a program's output in, its input and window size out, datagrams both ways."""
 
@@ -4715,10 +4715,8 @@ class ServerCore:
 
     def next_timeout(self) -> int | None:
         """Return when datagrams_to_send has to be asked next, None for not before something comes in."""
-        deadlines = [deadline for deadline in (self.transport.next_timeout(),) if deadline is not None]
-        if self._echo_pending and self.peer is not None:
-            deadlines.append(self._echo_pending[0][0])
-        return min(deadlines, default=None)
+        echo_due_at = self._echo_pending[0][0] if self._echo_pending and self.peer is not None else None
+        return earliest((self.transport.next_timeout(), echo_due_at))
 
     def start_shutdown(self, now: int) -> None:
         """Send the last screen and say goodbye."""
@@ -4910,8 +4908,7 @@ class Roaming:
 
     def next_timeout(self) -> int | None:
         """Return when update and wants_lookup have to be asked next."""
-        deadlines = (self._overdue_at(), self._lookup_at, *self._tries[:1])
-        return min((deadline for deadline in deadlines if deadline is not None), default=None)
+        return earliest((self._overdue_at(), self._lookup_at, *self._tries[:1]))
 
     def _overdue_at(self) -> int | None:
         """When an answer will be overdue, None while that is known or nothing has been heard ever."""
@@ -6269,7 +6266,7 @@ class Server:
             deadlines.append(self._started_at + FIRST_CLIENT_MS)
         if self._network_timeout_ms and self._core.phase is not Phase.CLOSING:
             deadlines.append(self._core.client_heard_at + self._network_timeout_ms)
-        return min((deadline for deadline in deadlines if deadline is not None), default=None)
+        return earliest(deadlines)
 
     # -- network
 
@@ -6727,7 +6724,7 @@ class Client:
             readable = [*self._sockets.all, self._signals, *self._network.readable(), *self._lookup.readable()]
             readable += [0] * (self._stdin_open and core.takes_keys)
             deadlines = (core.next_timeout(), self._network.next_timeout(), self._lookup.next_timeout())
-            ready = wait(readable, (), min(at for at in deadlines if at is not None))
+            ready = wait(readable, (), earliest(deadlines))
             now = monotonic_ms()
             for udp in self._sockets.all:
                 if udp in ready:
