@@ -1706,6 +1706,7 @@ WIDTH_EXCEPTIONS = (
     "W_7Z9?Ang{{WTKT$*A4F"
 )
 _VERDICTS = (-1, 0, 1, 2, None)  # None: the package decides
+_NO_EXCEPTION = -2
 ZERO_WIDTH_JOINER = "\u200d"
 SKIN_TONES = "\U0001f3fb\U0001f3fc\U0001f3fd\U0001f3fe\U0001f3ff"
 _JOINERS = f"{ZERO_WIDTH_JOINER}\ufe0e\ufe0f{SKIN_TONES}"  # the two ends agree on these, but the terminal may not
@@ -1713,15 +1714,15 @@ _JOINERS = f"{ZERO_WIDTH_JOINER}\ufe0e\ufe0f{SKIN_TONES}"  # the two ends agree 
 
 @lru_cache(maxsize=1)
 def _width_exceptions() -> tuple[list[int], list[int | None]]:
-    """Return the exceptions as (first code points of runs, verdict per run), -2 for "not an exception"."""
+    """Return the exceptions as (first code points of runs, verdict per run)."""
     starts: list[int] = [0]
-    verdicts: list[int | None] = [-2]
+    verdicts: list[int | None] = [_NO_EXCEPTION]
     import base64  # 2 ms
 
     for run in zlib.decompress(base64.b85decode(WIDTH_EXCEPTIONS)).decode("ascii").split(","):
         gap, length, verdict = (int(word, 16) for word in run.split())
         starts += [starts[-1] + gap, starts[-1] + gap + length]
-        verdicts += [_VERDICTS[verdict], -2]
+        verdicts += [_VERDICTS[verdict], _NO_EXCEPTION]
     return starts, verdicts
 
 
@@ -1758,14 +1759,14 @@ def char_width(char: str) -> int:
         return -1
     starts, verdicts = _width_exceptions()
     verdict = verdicts[bisect.bisect(starts, ord(char)) - 1]
-    return _package_width()(char) if verdict is None or verdict == -2 else verdict
+    return _package_width()(char) if verdict in (None, _NO_EXCEPTION) else verdict
 
 
 @lru_cache(maxsize=8192)
 def is_width_doubtful(char: str) -> bool:
     """Return whether another terminal may well give `char` a different width."""
     starts, verdicts = _width_exceptions()
-    return char > "\xff" and (char in _JOINERS or verdicts[bisect.bisect(starts, ord(char)) - 1] != -2)
+    return char > "\xff" and (char in _JOINERS or verdicts[bisect.bisect(starts, ord(char)) - 1] != _NO_EXCEPTION)
 
 
 # Characters of width 1 that make up nearly all text: ASCII, Latin, Cyrillic, box drawing and blocks. Text beyond these
@@ -5660,6 +5661,10 @@ def open_standard_descriptors() -> None:
             setattr(sys, name, open(number, "r" if number == 0 else "w", closefd=False))  # noqa: SIM115
 
 
+_LOADER: Any = globals().get("__loader__")
+_ARCHIVE: str | None = getattr(_LOADER, "archive", None)  # the mosh.pyz that this is in, if it is in one
+
+
 def own_python() -> str:
     """Return the path of the Python that runs this, which does not know it itself where PATH is unset."""
     return sys.executable or os.path.realpath("/proc/self/exe")
@@ -5667,8 +5672,7 @@ def own_python() -> str:
 
 def own_program() -> list[str]:
     """Return the words that start this very file again, be it mosh.py, mosh.pyz or a link to it."""
-    loader = globals().get("__loader__")
-    return [own_python(), os.path.abspath(getattr(loader, "archive", None) or __file__)]
+    return [own_python(), os.path.abspath(_ARCHIVE or __file__)]
 
 
 # -- the private cache, and the crypto library that mosh.pyz may have to unpack there
@@ -5811,11 +5815,8 @@ class BundledLibraries:
     def __init__(self) -> None:
         from importlib.machinery import EXTENSION_SUFFIXES
 
-        loader = globals().get("__loader__")
-        self._archive = getattr(loader, "archive", None)
-        if self._archive is None:
+        if _ARCHIVE is None:
             raise OSError("only mosh.pyz can hold it, and this is no mosh.pyz")
-        self._get_data = loader.get_data  # type: ignore[union-attr]
         platform = f"{sys.platform}-{os.uname().machine}"
         if sys.platform == "linux" and "CS_GNU_LIBC_VERSION" not in os.confstr_names:
             platform += "-musl"  # security: what was made for glibc may load there, and crash
@@ -5886,7 +5887,7 @@ class BundledLibraries:
         """Import all that AESOCB3 takes: the libraries from `paths`, the rest from the archive. Raises ImportError."""
         for name in [name for name in sys.modules if name.partition(".")[0] in ("cryptography", "_cffi_backend")]:
             del sys.modules[name]  # an older or broken package that was tried before
-        finder, package = _ExtensionFinder(paths), f"{self._archive}/{_NATIVES}/python"
+        finder, package = _ExtensionFinder(paths), f"{_ARCHIVE}/{_NATIVES}/python"
         sys.meta_path.insert(0, finder)
         sys.path.insert(0, package)
         try:
@@ -5908,7 +5909,7 @@ class BundledLibraries:
 
     def _member(self, name: str) -> bytes:
         try:
-            data: bytes = self._get_data(f"{self._archive}/{_NATIVES}/{name}")
+            data: bytes = _LOADER.get_data(f"{_ARCHIVE}/{_NATIVES}/{name}")
             return data
         except (ImportError, EOFError, zlib.error):
             raise OSError(f"{name} in mosh.pyz is damaged") from None
@@ -6840,7 +6841,7 @@ def run_client(
     options: ClientOptions,
     terminfo: Terminfo,
     make_cipher: Callable[[bytes], Cipher],
-    names: Iterable[str] = (),
+    names: Sequence[str] = (),
     family: int = socket.AF_UNSPEC,
 ) -> int:
     """Run a session in this terminal. Returns the exit status: 0 if both ends agreed that it is over.
@@ -6852,7 +6853,6 @@ def run_client(
     channel = Channel(make_cipher(key.raw), TO_SERVER)
     os.register_at_fork(after_in_child=channel.retire)
     del key
-    names = list(names)
     core = _make_client_core(channel, candidates, port, options, terminfo, named=bool(names))
     client = Client(core, terminal, Lookup(names, port, family), asks=terminfo.title)
     try:
@@ -7167,11 +7167,9 @@ class Program:
     def own(cls) -> Program | None:
         """Return the program that is running, None if its source is not there. Raises BootstrapError."""
         try:
-            archive = getattr(globals().get("__loader__"), "archive", None)
-            if archive is None:
+            if _ARCHIVE is None:
                 return cls._from_checkout()
-            get_data = globals()["__loader__"].get_data
-            return cls(get_data(f"{archive}/mosh.py"), get_data(f"{archive}/mosh_widths.py"))
+            return cls(*(_LOADER.get_data(f"{_ARCHIVE}/{name}") for name in ("mosh.py", "mosh_widths.py")))
         except (OSError, ImportError, zlib.error) as error:
             raise BootstrapError(f"cannot read my own program, was it replaced just now? Try again ({error})") from None
 
