@@ -632,7 +632,7 @@ FAILURES: list[tuple[str, int, str]] = [
     (f"{STARTS}echo 'MOSH CONNECT 60001 {KEY}x'", 1, "malformed"),
     (STARTS + 'echo "$t NOSERVER"; exit 127', 127, "no server found on there"),
     ("head -c 9000000 /dev/zero", mosh.OTHER_COMMAND, "prints without end"),
-    ("yes", mosh.OTHER_COMMAND, "prints without end"),
+    ("yes no server here, only a line that goes on and on", mosh.OTHER_COMMAND, "prints without end"),
     ("read line; exec sleep 20", mosh.SILENT_HOST, "nothing for 1 s"),
     ("cat >/dev/null; exec sleep 20", mosh.SILENT_HOST, "nothing for 1 s"),
 ]

@@ -1007,10 +1007,9 @@ def test_a_host_that_answers_from_another_of_its_addresses_is_found_where_it_can
     assert client.roaming.current == address and searching_at < 20_000
 
 
-def _roaming_client(peers: list[tuple[str, int]], *, named: bool = False) -> mosh.ClientCore:
+def _roaming_client(peers: list[tuple[str, int]]) -> mosh.ClientCore:
     return mosh.ClientCore(
         mosh.Channel(CIPHER, TO_SERVER), 0, width=80, height=24, candidates=peers, port=60001, random_bytes=bytes,
-        named=named,
     )
 
 

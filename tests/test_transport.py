@@ -594,12 +594,12 @@ class Pasted(Growing):
         return Pasted(super().part_way(base).text)
 
 
-def _hear_of_a_paste(peer: Peer, *, heard: bool = True, ms: int = 3_000) -> list[int]:
+def _hear_of_a_paste(peer: Peer, *, heard: bool = True) -> list[int]:
     """Paste what a path cannot carry at once. Return the lengths of the diffs that come, of which none is acked."""
     peer.transport.set_current(Pasted(NOISE[:40_000]), now=peer.now)
     sizes = []
     for num in range(10, 13):
-        sizes += [len(diff) for *_, diff in peer.listen(until=peer.now + ms // 3)]
+        sizes += [len(diff) for *_, diff in peer.listen(until=peer.now + 1_000)]
         if heard:
             peer.say(1, num, ack=1)
     return sizes
@@ -713,8 +713,8 @@ def test_nothing_changes_when_a_change_is_taken_back_in_time() -> None:
 class Marked(Note):
     """A note with a mark, which makes it another one or is in its diffs."""
 
-    def __init__(self, text: str = "", mark: str = "", *, differs: bool = True) -> None:
-        super().__init__(text)
+    def __init__(self, mark: str, *, differs: bool = True) -> None:
+        super().__init__()
         self.mark = mark
         self._differs = differs
 
@@ -737,7 +737,7 @@ def test_what_no_diff_can_tell_is_not_told_and_not_tried_again(ack_is_due: bool)
     if ack_is_due:
         peer.transport.hurry(peer.now)
     for mark in ("one", "two"):
-        peer.transport.set_current(Marked("", mark), now=peer.now)
+        peer.transport.set_current(Marked(mark), now=peer.now)
         heard = peer.listen(until=peer.now + 500)  # which sees to it that there are pauses
         assert [diff for *_, diff in heard] == [""] * ack_is_due
 
@@ -745,7 +745,7 @@ def test_what_no_diff_can_tell_is_not_told_and_not_tried_again(ack_is_due: bool)
 def test_a_diff_between_states_that_are_alike_waits_for_a_heartbeat_and_has_a_number_of_its_own() -> None:
     """A diff from a state to itself would be taken for a repeat: the peer would have no heartbeat at all."""
     peer = _connected(rtt_ms=40)
-    peer.transport.set_current(Marked("", "icon", differs=False), now=1_000)
+    peer.transport.set_current(Marked("icon", differs=False), now=1_000)
     (heartbeat,) = peer.listen(until=3_500)
     assert heartbeat[2] == heartbeat[1] + 1 and heartbeat[-1] == ">icon"
 
