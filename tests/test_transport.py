@@ -81,14 +81,15 @@ class Peer:
         self.now = 0
 
     def say(
-        self, old: int, new: int, diff: str = "", *, ack: int = 0, throwaway: int = 0, version: int = 2, lag_ms: int = 0
+        self, old: int, new: int, diff: str = "", *, ack: int = 0, throwaway: int = 0, version: int = 2,
+        lag_ms: int = 0, source: tuple[str, int] = PEER,
     ) -> bytes:
         """Let an instruction arrive at `now`, sent `lag_ms` before. Returns its datagram."""
         instruction = mosh.Instruction(old, new, ack, throwaway, diff.encode())
         instruction.protocol_version = version
         (fragment,) = self._fragmenter.fragments(instruction, 1_252)
         datagram = self._layer.seal(fragment.encode(), self.now - lag_ms)
-        self.transport.receive_datagram(datagram, PEER, self.now)
+        self.transport.receive_datagram(datagram, source, self.now)
         return datagram
 
     def forget_timestamp(self) -> None:
@@ -654,6 +655,31 @@ def test_last_words_may_go_by_parts() -> None:
         assert peer.transport.last_sent_num < LAST
         heard = peer.listen(until=peer.now + 40)[0][-1]
     assert peer.transport.clean and NOISE[:40_000].endswith(heard) and heard
+
+
+def test_by_the_last_number_only_the_whole_goes() -> None:
+    """Nothing could come after a part."""
+    peer = _connected(rtt_ms=400)
+    peer.transport.set_current(Pasted(NOISE[:40_000]), now=peer.now)
+    peer.transport.start_shutdown(peer.now)
+    heard = []
+    for num in range(10, 14):
+        heard += peer.listen(until=peer.now + 1_000)
+        peer.say(1, num, ack=1)
+    assert len(heard) > mosh.PART_TRIES and {(num, len(diff)) for _, _, num, _, _, diff in heard} == {(LAST, 40_000)}
+
+
+def test_what_is_too_much_for_an_address_not_proven_is_tried_once_in_a_timeout() -> None:
+    """A probe goes instead, which proves the address unless it is lost."""
+    server = _transport(TO_CLIENT, connected=False)
+    peer = Peer(server, TO_SERVER)
+    peer.say(0, 1, ">" + NOISE[:20])
+    peer.measure_round_trips(300)
+    peer.listen(until=1_000)
+    peer.say(1, 2, f"{NOISE[:20]}>{NOISE[:500]}", source=ELSEWHERE)
+    server.set_current(Pasted(NOISE[:3_000]), now=1_000)
+    heard = [(at, diff.encode()) for at, *_, diff in peer.listen(until=1_700)]
+    assert heard == [(at, mosh.PROBE_DIFF) for at in (1_001, 1_301, 1_601)]
 
 
 def test_a_padded_heartbeat_probes_for_large_datagrams() -> None:
