@@ -441,22 +441,18 @@ class LibcryptoCipher:
         return self._buffer.raw[:size]
 
 
-def _known_answers() -> Iterator[tuple[bytes, bytes, bytes, bytes]]:
-    """Yield (key, nonce, plaintext, sealed). Source: RFC 7253 appendix A, the rows without associated data."""
-    raw_key = bytes(range(16))
-    yield raw_key, bytes.fromhex("BBAA99887766554433221100"), b"", bytes.fromhex("785407BFFFC8AD9EDCC5520AC9111EE6")
-    yield (
-        raw_key,
-        bytes.fromhex("BBAA99887766554433221103"),
-        bytes(range(8)),
-        bytes.fromhex("45DD69F8F5AAE72414054CD1F35D82760B2CD00D2F99BFA9"),
-    )
+# (nonce, plaintext, sealed) under the key 00 01 ... 0F. Source: RFC 7253 appendix A, rows without associated data.
+_KNOWN_ANSWERS = (
+    ("BBAA99887766554433221100", "", "785407BFFFC8AD9EDCC5520AC9111EE6"),
+    ("BBAA99887766554433221103", "0001020304050607", "45DD69F8F5AAE72414054CD1F35D82760B2CD00D2F99BFA9"),
+)
 
 
 def check_cipher(make: Callable[[bytes], Cipher]) -> None:
     """Prove a backend on published answers, a full-sized message and a forgery. Raises OSError if it fails."""
-    for raw_key, nonce, plaintext, sealed in _known_answers():
-        cipher = make(raw_key)
+    cipher = make(bytes(range(KEY_BYTES)))
+    for row in _KNOWN_ANSWERS:
+        nonce, plaintext, sealed = map(bytes.fromhex, row)
         if cipher.encrypt(nonce, plaintext) != sealed or cipher.decrypt(nonce, sealed) != plaintext:
             raise OSError("wrong answer to a published test vector")
     message = bytes(range(256)) * 5 + bytes(120)
@@ -2457,7 +2453,7 @@ _KEEPS_WRAP_PENDING = {"\t", "I", "Z", "g", "?h", "?l"}
 # line ends and sequences that stay within their row come in, only the lines after the (height + 1)th from the end can
 # still be on the screen. Of the others, only the pen and the bells outlive them.
 _SKIP_FROM_BYTES = 2_048  # shorter feeds are not worth the search
-_SHORT_BYTES = 64
+_SHORT_BYTES = 64  # how far ahead a good place to cut is looked for
 _SEARCH_LIMIT_BYTES = 1 << 16  # at a time: most of a search is in vain if the next sequence that leaves the row is near
 _LEAVES_ROW = {  # by their first byte: looking for that alone is ten times as fast
     b"\x1b": lazy_pattern(rb"\x1b(?!\[[0-9;]*[mKXPCDG@]|[=>]|\([0B])"),  # not SGR EL ECH DCH CUF CUB CHA ICH, no-ops
@@ -2805,7 +2801,7 @@ class Emulator:
     def _go(self, row: int, col: int) -> None:
         """Move to a row and a column of the screen, or as near as the cursor may go."""
         framebuffer = self.framebuffer
-        top, bottom = self._limits() if self.origin_mode else (0, framebuffer.height - 1)
+        top, bottom = self._limits()
         row = top if row < top else bottom if row > bottom else row
         col = 0 if col < 0 else framebuffer.width - 1 if col >= framebuffer.width else col
         framebuffer.cursor_row = self.combining_row = row
@@ -4961,7 +4957,6 @@ class ClientCore:
         self._started_at = now
         self._port = port
         self.icmp_error = ""  # the newest that counts
-        self._stream = self.transport.sender.current
         self.transport.sender.may_step_back = False  # a stock server would abort; ours says Hello
         # the user's keys
         self._escape_key = escape_key or EscapeKey(None)
@@ -5062,8 +5057,7 @@ class ClientCore:
             self.repaint()  # it has had another size meanwhile, at which the terminal may have moved or cut everything
 
     def _push(self, events: Iterable[UserEvent], now: int) -> None:
-        self._stream = self._stream.with_events(events)
-        self.transport.set_current(self._stream, now)
+        self.transport.set_current(self.transport.sender.current.with_events(events), now)
 
     def _observe(self) -> None:
         self.engine.observe(
@@ -5191,7 +5185,7 @@ class ClientCore:
     @property
     def takes_keys(self) -> bool:
         """Whether more keys may come; False while the server lacks too many of those that did."""
-        return self._stream.backlog < TYPED_LIMIT_EVENTS
+        return self.transport.sender.current.backlog < TYPED_LIMIT_EVENTS
 
     @property
     def is_connecting(self) -> bool:
@@ -5930,13 +5924,13 @@ class BundledCipher(CryptographyCipher):
         super().__init__(raw_key)
 
 
-INSTALLED_CIPHERS: tuple[Callable[[bytes], Cipher], ...] = (CryptographyCipher, LibcryptoCipher)
-CIPHERS: tuple[Callable[[bytes], Cipher], ...] = (*INSTALLED_CIPHERS, BundledCipher)
+INSTALLED_CIPHERS: tuple[type[CryptographyCipher | LibcryptoCipher], ...] = (CryptographyCipher, LibcryptoCipher)
+CIPHERS = (*INSTALLED_CIPHERS, BundledCipher)
 
 
 def _cipher_attempts(wanted: str) -> Iterator[tuple[str, Callable[[bytes], Cipher], str]]:
     """Yield (name, backend, where it is looked for) of all, or of those named `wanted`, each when its turn has come."""
-    named = [(make.name, make) for make in CIPHERS if wanted in ("", make.name)]  # type: ignore[attr-defined]
+    named = [(make.name, make) for make in CIPHERS if wanted in ("", make.name)]
     installed = [(name, make) for name, make in named if make in INSTALLED_CIPHERS]
     yield from ((name, make, "as started") for name, make in installed)
     if sys.flags.no_site and installed:
@@ -5950,7 +5944,7 @@ def _cipher_attempts(wanted: str) -> Iterator[tuple[str, Callable[[bytes], Ciphe
 def choose_cipher() -> Callable[[bytes], Cipher]:
     """Return the first backend that works, or the one MOSH_CRYPTO names. Raises BootstrapError naming every reason."""
     wanted = os.environ.get("MOSH_CRYPTO", "")
-    names = [make.name for make in CIPHERS]  # type: ignore[attr-defined]
+    names = [make.name for make in CIPHERS]
     if wanted not in ("", *names):
         raise BootstrapError(f"MOSH_CRYPTO is {wanted!a}; it can be {', '.join(names[:-1])} or {names[-1]}")
     reasons = []
