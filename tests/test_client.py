@@ -94,6 +94,25 @@ def test_an_unknown_terminal_is_refused(term: str) -> None:
     assert answer.startswith("refused:") and "TERM" in answer
 
 
+@pytest.mark.parametrize(
+    ("environ", "key", "prefix"),
+    [({}, 0x1E, "[mosh] "), ({"MOSH_ESCAPE_KEY": "~", "MOSH_TITLE_NOPREFIX": ""}, ord("~"), "")],
+)
+def test_what_the_environment_says_reaches_the_core(
+    environ: dict[str, str], key: int, prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("MOSH_ESCAPE_KEY", "MOSH_TITLE_NOPREFIX"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    terminfo = object.__new__(mosh.Terminfo)  # asking curses would settle the type of this process's terminal
+    terminfo.ech = terminfo.bce = terminfo.title = True
+    candidates = [mosh.Candidate(socket.AF_INET, (LOOPBACK, 9))]
+    channel = mosh.Channel(mosh.choose_cipher()(bytes(16)), mosh.TO_SERVER)
+    core = mosh._make_client_core(channel, candidates, 9, mosh.ClientOptions(), terminfo, named=False)
+    assert (core._escape_key.key, core._title_prefix) == (key, prefix)
+
+
 # -- raw mode --------------------------------------------------------------------------------------------------
 
 # A program that takes its terminal, says so, and ends in the way that its argument names.

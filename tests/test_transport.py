@@ -682,6 +682,20 @@ def test_what_is_too_much_for_an_address_not_proven_is_tried_once_in_a_timeout()
     assert heard == [(at, mosh.PROBE_DIFF) for at in (1_001, 1_301, 1_601)]
 
 
+@pytest.mark.parametrize(("source", "answered_at"), [(PEER, 3_000), (ELSEWHERE, 1_100)])
+def test_an_empty_instruction_from_an_address_not_proven_is_acknowledged_soon(
+    source: tuple[str, int], answered_at: int
+) -> None:
+    """What goes there proves the address, sooner or later."""
+    server = _transport(TO_CLIENT, connected=False)
+    peer = Peer(server, TO_SERVER)
+    peer.say(0, 1, ">a")
+    peer.measure_round_trips(300)
+    peer.listen(until=1_000)
+    peer.say(1, 2, "", ack=1, source=source)
+    assert [at for at, *_ in peer.listen(until=3_500)][:1] == [answered_at]
+
+
 def test_a_padded_heartbeat_probes_for_large_datagrams() -> None:
     peer = _connected(rtt_ms=100)
     peer.transport._random_bytes = random.Random(1).randbytes
