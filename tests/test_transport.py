@@ -637,6 +637,16 @@ def test_a_stock_server_is_never_told_less_than_before() -> None:
     assert set(_hear_of_a_paste(peer)) == {40_000}
 
 
+def test_after_an_outage_a_key_does_not_wait_for_the_first_ack() -> None:
+    peer = _connected(rtt_ms=100)
+    peer.transport.set_current(Note("a"), now=1_000)
+    peer.listen(until=60_000)
+    peer.say(1, 2, "", ack=1)
+    assert [each[-1] for each in peer.listen(until=60_001)] == [">a"]
+    peer.transport.set_current(Note("ab"), now=60_001)
+    assert [each[-1] for each in peer.listen(until=60_020)] == [">ab"]
+
+
 def test_an_outage_is_no_narrow_path() -> None:
     peer = _connected(rtt_ms=100)
     peer.now = mosh.OUTAGE_MS
