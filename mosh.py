@@ -1796,8 +1796,8 @@ NARROW_CELLS = lazy_pattern(f"[\0{_NARROW}]*")
 
 NUL = "\0"  # an empty cell, and the cell covered by the right half of a wide character
 
-BOLD, ITALIC, UNDERLINED, BLINK, INVERSE, INVISIBLE = (1 << n for n in (1, 3, 4, 5, 7, 8))  # bit n is SGR parameter n
-ATTRIBUTE_NUMBERS = (1, 3, 4, 5, 7, 8)
+ATTRIBUTE_NUMBERS = (1, 3, 4, 5, 7, 8)  # SGR parameter n is bit n
+BOLD, ITALIC, UNDERLINED, BLINK, INVERSE, INVISIBLE = (1 << n for n in ATTRIBUTE_NUMBERS)
 RGB = 0x1000000  # a colour is None, a palette index 0..255, or RGB | red << 16 | green << 8 | blue
 
 CLUSTER_LIMIT_BYTES = 32  # a cell that has reached this takes no more combining marks
@@ -8012,7 +8012,7 @@ def _short_options(words: Sequence[str], with_value: str, flags: str) -> Iterato
             yield letter, "" if letter in flags else None
 
 
-def _parse_server(program: str, words: Sequence[str]) -> ServerOptions:
+def _parse_server(words: Sequence[str]) -> ServerOptions:
     """Parse the server's command line as stock does, which goes on after an unknown option. Raises UsageError."""
     options = ServerOptions()
     own = words_of_ours(words)
@@ -8025,7 +8025,7 @@ def _parse_server(program: str, words: Sequence[str]) -> ServerOptions:
         own.pop(0)
     for letter, value in _short_options(own, "@ipcl", "sv"):
         if value is None:
-            _complain(f"unknown option -{letter}", program)
+            _complain(f"unknown option -{letter}", "mosh-server")
         elif letter == "i":
             options.bind_address, options.by_ssh = value, False
         elif letter == "s":
@@ -8034,7 +8034,7 @@ def _parse_server(program: str, words: Sequence[str]) -> ServerOptions:
             try:
                 options.ports = parse_ports(value)
             except UsageError as error:
-                raise UsageError(f"{error}\n{program}: Bad UDP port range ({value})") from None
+                raise UsageError(f"{error}\nmosh-server: Bad UDP port range ({value})") from None
         elif letter == "c":
             if not re.fullmatch(r"-?\d{1,9}", value, re.ASCII):
                 raise UsageError(f"Bad number of colors ({value})")
@@ -8057,21 +8057,14 @@ def _address_from_ssh() -> str:
     if len(words) != 4:
         print("Warning: Could not parse SSH_CONNECTION; binding to any interface.", file=sys.stderr)
         return ""
-    return words[2][len("::ffff:") :] if words[2].startswith("::ffff:") else words[2]
-
-
-def server_main(program: str, words: Sequence[str]) -> int:
-    """Be mosh-server."""
-    return 0 if _asks_for_text(words, program) else serve(_parse_server(program, words))
+    return words[2].removeprefix("::ffff:")
 
 
 # -- the client
 
 
-def client_main(program: str, words: Sequence[str]) -> int:
+def client_main(words: Sequence[str]) -> int:
     """Be mosh-client."""
-    if _asks_for_text(words, program):
-        return 0
     disable_core_dumps()  # first, since the key is here, and a library that is loaded may crash
     operands: list[str] = []
     for letter, value in _short_options(words, "#", "cv"):
@@ -8100,6 +8093,9 @@ def client_main(program: str, words: Sequence[str]) -> int:
     return run_client(key, candidates, port, _client_options(None, None, True), terminfo, make_cipher)
 
 
+# -- all of them
+
+
 def _asks_for_text(words: Sequence[str], program: str) -> bool:
     """Print help or version if one of the words before `--` asks for it. Returns whether one did."""
     if _asks_for_version(words):
@@ -8111,23 +8107,22 @@ def _asks_for_text(words: Sequence[str], program: str) -> bool:
     return False
 
 
-# -- all of them
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program. Returns its exit status; every error has become one clear text."""
     open_standard_descriptors()
     words = list(sys.argv if argv is None else argv)
     program = os.path.basename(words[0])
     words = words[1:]
-    role = program if program in ("mosh-server", "mosh-client") else ""
+    role = program if program in _USAGES else ""
     if not role and words and words[0] in ("server", "client"):
         role = "mosh-" + words.pop(0)
     try:
+        if role and _asks_for_text(words, role):
+            return 0
         if role == "mosh-server":
-            return server_main(role, words)
+            return serve(_parse_server(words))
         if role == "mosh-client":
-            return client_main(role, words)
+            return client_main(words)
         return wrapper_main(words)
     except UsageError as error:
         if role:

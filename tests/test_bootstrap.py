@@ -448,7 +448,7 @@ def test_every_locale_variable_is_passed_on_in_stocks_order() -> None:
 def test_what_a_wrapper_says_a_server_understands() -> None:
     options = _login(["ls", "a b"], ports="60010:60020", bind_server="10.1.2.3")
     words = mosh.server_arguments(options, 256, {"LANG": "de_DE.UTF-8"})
-    understood = mosh._parse_server("mosh-server", words)
+    understood = mosh._parse_server(words)
     assert (understood.colors, understood.ports, understood.bind_address) == (256, (60010, 60020), "10.1.2.3")
     assert (understood.command, understood.locale) == (["ls", "a b"], {"LANG": "de_DE.UTF-8"})
 
