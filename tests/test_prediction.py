@@ -71,6 +71,27 @@ def test_a_confirmed_epoch_shows_typing_at_once() -> None:
     assert driver.shown.lines()[0].rstrip() == "$ ls"
 
 
+def test_a_tentative_prediction_that_is_wrong_takes_the_cursor_of_its_epoch_along() -> None:
+    driver = EngineDriver(
+        {
+            "cols": 20,
+            "rows": 3,
+            "mode": "always",
+            "overwrite": False,
+            "start_send_interval_ms": 50,
+            "start_remote_hex": b"$ ".hex(),
+        }
+    )
+    driver.draw()
+    for sent_num, key in enumerate((b"a", b"b"), 1):
+        driver.type(key)
+        driver.observe(last_sent_num=sent_num)
+    driver.remote.feed(b"*")
+    driver.observe(echo_ack=1)
+    driver.draw()
+    assert [(cursor.row, cursor.col) for cursor in driver.engine.cursors] == [(0, 3)]
+
+
 WIDE_STEPS = [
     (b"\x7f", "$ \u6f22\u5b57xyz", 6),
     (b"\x7f\x7f", "$ \u6f22xyz", 4),

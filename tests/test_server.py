@@ -494,6 +494,34 @@ def test_a_script_on_path_that_does_not_say_by_what_to_run_it_is_run_by_sh(start
         session.wait_for("all said")
 
 
+# Be the parent of a program on a pty, where the messages of the day lie in HOME; print what comes.
+BE_ITS_PARENT = """
+import mosh, os
+home = os.environ["HOME"]
+mosh._MOTD_FILES = ((home + "/missing", home + "/first", home + "/second"), (home + "/third",))
+child = mosh.Child(mosh.ServerOptions(), (80, 24), None, [])
+child.release()
+os.set_blocking(child.fd, True)
+try:
+    while chunk := os.read(child.fd, 1000):
+        os.write(1, chunk)
+except OSError:  # the end of a pty
+    pass
+child.close()
+"""
+
+
+@pytest.mark.parametrize("is_hushed", [False, True])
+def test_a_login_shell_begins_with_the_messages_of_the_day_unless_they_are_hushed(home: Path, is_hushed: bool) -> None:
+    for name in ("first", "second", "third", *[".hushlogin"] * is_hushed):
+        (home / name).write_text(f"{name}\n", encoding="ascii")
+    printed = subprocess.run(
+        [sys.executable, "-c", BE_ITS_PARENT], cwd=peers.REPOSITORY, env={"HOME": str(home), "SHELL": "/bin/echo"},
+        capture_output=True, text=True, timeout=LIMIT_SECONDS,
+    )
+    assert (printed.stdout.split(), printed.stderr) == ([] if is_hushed else ["first", "third"], "")
+
+
 def test_the_end_of_the_program_ends_the_session(start: Start) -> None:
     server = start(command=("sh", "-c", "echo goodbye"))[1]
     with Session(server) as session:
