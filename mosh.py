@@ -4155,8 +4155,6 @@ class PredictionEngine:
         return Verdict.NO_CREDIT if was_there else Verdict.CORRECT
 
     def _cursor_verdict(self, cursor: CursorPrediction, screen: Framebuffer) -> Verdict:
-        if cursor.row >= screen.height or cursor.col >= screen.width:
-            return Verdict.WRONG
         if self._echo_ack < cursor.expires:
             return Verdict.PENDING
         there = (cursor.row, cursor.col) == (screen.cursor_row, screen.cursor_col)

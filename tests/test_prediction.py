@@ -47,18 +47,23 @@ class EngineDriver:
         self.engine.apply(self.shown)
 
 
-def test_a_confirmed_epoch_shows_typing_at_once() -> None:
+def _typing_at_a_prompt(mode: str, interval_ms: int, prompt: bytes = b"$ ") -> EngineDriver:
     driver = EngineDriver(
         {
             "cols": 20,
             "rows": 3,
-            "mode": "always",
+            "mode": mode,
             "overwrite": False,
-            "start_send_interval_ms": 50,
-            "start_remote_hex": b"$ ".hex(),
+            "start_send_interval_ms": interval_ms,
+            "start_remote_hex": prompt.hex(),
         }
     )
     driver.draw()
+    return driver
+
+
+def test_a_confirmed_epoch_shows_typing_at_once() -> None:
+    driver = _typing_at_a_prompt("always", 50)
     driver.type(b"l")
     driver.draw()
     assert driver.shown.lines()[0].rstrip() == "$"
@@ -72,17 +77,7 @@ def test_a_confirmed_epoch_shows_typing_at_once() -> None:
 
 
 def test_a_tentative_prediction_that_is_wrong_takes_the_cursor_of_its_epoch_along() -> None:
-    driver = EngineDriver(
-        {
-            "cols": 20,
-            "rows": 3,
-            "mode": "always",
-            "overwrite": False,
-            "start_send_interval_ms": 50,
-            "start_remote_hex": b"$ ".hex(),
-        }
-    )
-    driver.draw()
+    driver = _typing_at_a_prompt("always", 50)
     for sent_num, key in enumerate((b"a", b"b"), 1):
         driver.type(key)
         driver.observe(last_sent_num=sent_num)
@@ -90,6 +85,48 @@ def test_a_tentative_prediction_that_is_wrong_takes_the_cursor_of_its_epoch_alon
     driver.observe(echo_ack=1)
     driver.draw()
     assert [(cursor.row, cursor.col) for cursor in driver.engine.cursors] == [(0, 3)]
+
+
+def test_what_is_predicted_looks_like_what_has_come_of_what_was_typed_before() -> None:
+    driver = _typing_at_a_prompt("always", 50)
+    driver.type(b"ab")
+    driver.observe(last_sent_num=1)
+    driver.type(b"c")
+    driver.remote.feed(b"\x1b[31mab")
+    driver.observe(last_sent_num=2, echo_ack=1)
+    driver.draw()
+    cell = driver.shown.cell(0, 4)
+    assert (cell.contents, cell.rendition.foreground) == ("c", 1)
+
+
+def test_what_is_shown_on_a_slow_link_is_not_taken_back_when_it_becomes_fast() -> None:
+    driver = _typing_at_a_prompt("adaptive", 50)
+    driver.type(b"a")
+    driver.observe(send_interval_ms=10)
+    driver.draw()
+    assert driver.engine.shows_slow_link
+    driver.remote.feed(b"a")
+    driver.observe(last_sent_num=1, echo_ack=1)
+    for shows in (True, False):  # what is settled in one look counts in the next
+        driver.draw()
+        assert driver.engine.shows_slow_link == shows
+
+
+def test_a_glitch_is_cured_by_quick_echoes_over_some_time_not_by_a_burst_of_them() -> None:
+    driver = _typing_at_a_prompt("adaptive", 10)
+    driver.type(b"a")
+    driver.now += mosh.GLITCH_MS
+    driver.draw()
+    glitches = [driver.engine.glitch]
+    for echo_ack, (key, wait_ms) in enumerate(((b"a", 0), (b"b", 10), (b"c", 10), (b"d", 140)), 1):
+        if key != b"a":
+            driver.type(key)
+        driver.now += wait_ms
+        driver.remote.feed(key)
+        driver.observe(last_sent_num=echo_ack, echo_ack=echo_ack)
+        driver.draw()
+        glitches.append(driver.engine.glitch)
+    assert glitches == [10, 10, 9, 9, 8]
 
 
 WIDE_STEPS = [
@@ -224,17 +261,7 @@ def test_stock_notification_vector(vector: vectors.Vector) -> None:
 def test_a_password_is_never_shown(mode: mosh.PredictionMode) -> None:
     if mode is mosh.PredictionMode.EXPERIMENTAL:
         pytest.skip("experimental mode shows everything at once, by design")
-    driver = EngineDriver(
-        {
-            "cols": 30,
-            "rows": 3,
-            "mode": mode.value,
-            "overwrite": False,
-            "start_send_interval_ms": 250,
-            "start_remote_hex": b"Password: ".hex(),
-        }
-    )
-    driver.draw()
+    driver = _typing_at_a_prompt(mode.value, 250, b"Password: ")
     for i, key in enumerate(b"secret"):
         driver.type(bytes([key]))
         driver.observe(last_sent_num=i + 1)
