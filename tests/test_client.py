@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import pty
+import random
 import signal
 import socket
 import subprocess
@@ -198,6 +200,61 @@ def test_what_is_no_terminal_is_refused(tmp_path: Path) -> None:
 
 
 # -- sockets ---------------------------------------------------------------------------------------------------
+
+
+class Sockets:
+    """Stands in for mosh.ClientSockets, with what the system answers to a datagram for each candidate."""
+
+    def __init__(self, answers: dict[mosh.Candidate, int]) -> None:
+        self._answers = answers
+        self.sent: list[mosh.Candidate] = []
+
+    def send(self, _data: bytes, candidate: mosh.Candidate) -> None:
+        """See mosh.ClientSockets."""
+        if self._answers.get(candidate):
+            raise OSError(self._answers[candidate], "refused")
+        self.sent.append(candidate)
+
+
+HERE, THERE = (mosh.Candidate(socket.AF_INET, (host, 60001)) for host in ("192.0.2.1", "192.0.2.2"))
+
+
+def _paste_through(sockets: Sockets) -> mosh.ClientCore:
+    """Send the first datagrams of a long paste, by a client that does not know yet which of two addresses answers."""
+    channel = mosh.Channel(mosh.choose_cipher()(bytes(16)), mosh.TO_SERVER)
+    client = mosh.Client.__new__(mosh.Client)
+    client._core = core = mosh.ClientCore(
+        channel, 0, width=80, height=24, candidates=[HERE, THERE], port=60001, random_bytes=os.urandom
+    )
+    client._sockets = sockets  # type: ignore[assignment]
+    core.receive_keys(bytes(random.Random(1).choices(range(0x21, 0x7F), k=20_000)), 0)
+    client._send(0)
+    return core
+
+
+def test_candidates_beside_the_first_get_some_copies() -> None:
+    sockets = Sockets({})
+    _paste_through(sockets)
+    assert [sockets.sent.count(candidate) for candidate in (HERE, THERE)] == [
+        mosh.BURST_DATAGRAMS, mosh.COPY_DATAGRAMS,
+    ]
+
+
+@pytest.mark.parametrize(("number", "mtu_bytes"), [(errno.EMSGSIZE, mosh.FALLBACK_MTU_BYTES), (errno.ENOBUFS, 1_252)])
+def test_what_the_system_finds_too_large_for_any_candidate_is_sent_smaller(number: int, mtu_bytes: int) -> None:
+    assert _paste_through(Sockets({THERE: number})).transport.datagrams.mtu_bytes == mtu_bytes
+
+
+def test_a_candidate_without_a_path_does_not_keep_the_others_from_their_copies() -> None:
+    sockets = Sockets({HERE: errno.ENETUNREACH})
+    core = _paste_through(sockets)
+    assert sockets.sent == [THERE] * mosh.COPY_DATAGRAMS
+    assert "sendto" not in core.bar.text(0) and core.roaming.next_timeout() is None  # another one has been reached
+
+
+def test_a_user_is_told_when_no_candidate_can_be_reached() -> None:
+    core = _paste_through(Sockets({HERE: errno.ENETUNREACH, THERE: errno.ENETUNREACH}))
+    assert "sendto: refused" in core.bar.text(0) and core.roaming.next_timeout() == mosh.RETRY_MS
 
 
 def test_port_hopping_keeps_a_bounded_number_of_old_sockets() -> None:

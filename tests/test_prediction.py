@@ -99,6 +99,18 @@ def test_what_is_predicted_looks_like_what_has_come_of_what_was_typed_before() -
     assert (cell.contents, cell.rendition.foreground) == ("c", 1)
 
 
+def test_on_a_very_slow_link_letters_are_underlined_and_blanks_are_not() -> None:
+    driver = _typing_at_a_prompt("always", 100)
+    driver.type(b"a")
+    driver.remote.feed(b"a")
+    driver.observe(last_sent_num=1, echo_ack=1)
+    driver.draw()
+    driver.type(b" b")
+    driver.draw()
+    shown = [(cell.contents, cell.rendition.attributes) for cell in (driver.shown.cell(0, col) for col in (2, 3, 4))]
+    assert shown == [("a", 0), (" ", 0), ("b", mosh.UNDERLINED)]
+
+
 def test_what_is_shown_on_a_slow_link_is_not_taken_back_when_it_becomes_fast() -> None:
     driver = _typing_at_a_prompt("adaptive", 50)
     driver.type(b"a")

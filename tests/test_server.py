@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
@@ -392,6 +393,30 @@ def test_the_signal_for_idle_sessions_spares_a_young_one(start: Start) -> None:
 def test_an_idle_session_ends_after_the_time_asked_for(start: Start) -> None:
     server = start(MOSH_SERVER_NETWORK_TMOUT="1")[1]
     wait_until(lambda: not server.alive(), LIMIT_SECONDS, "the server to leave")
+
+
+class _Refusing:
+    """A socket whose datagrams are too large for the path."""
+
+    def send(self, _data: bytes, _address: mosh.Address) -> None:
+        """See mosh.UdpSocket."""
+        raise OSError(errno.EMSGSIZE, "Message too long")
+
+
+def test_what_the_system_finds_too_large_is_sent_smaller() -> None:
+    cipher = mosh.choose_cipher()(bytes(16))
+    client = mosh.ClientCore(
+        mosh.Channel(cipher, mosh.TO_SERVER), 0, width=80, height=24, candidates=["server"], port=1, random_bytes=bytes
+    )
+    server = mosh.Server.__new__(mosh.Server)
+    server._core = mosh.ServerCore(mosh.Channel(cipher, mosh.TO_CLIENT), 0, width=80, height=24, random_bytes=bytes)
+    for datagram in client.datagrams_to_send(0):
+        server._core.receive_datagram(datagram, ("client", 1), 0)
+    lines: list[str] = []
+    server._udp, server._log = _Refusing(), lines.append  # type: ignore[assignment]
+    server._send(100)
+    assert lines == ["sendto: Message too long"]
+    assert server._core.transport.datagrams.mtu_bytes == mosh.FALLBACK_MTU_BYTES
 
 
 # -- its child -------------------------------------------------------------------------------------------------
