@@ -219,7 +219,7 @@ class Sockets:
 HERE, THERE = (mosh.Candidate(socket.AF_INET, (host, 60001)) for host in ("192.0.2.1", "192.0.2.2"))
 
 
-def _paste_through(sockets: Sockets) -> mosh.ClientCore:
+def _paste_through(sockets: Sockets) -> mosh.Client:
     """Send the first datagrams of a long paste, by a client that does not know yet which of two addresses answers."""
     channel = mosh.Channel(mosh.choose_cipher()(bytes(16)), mosh.TO_SERVER)
     client = mosh.Client.__new__(mosh.Client)
@@ -229,7 +229,7 @@ def _paste_through(sockets: Sockets) -> mosh.ClientCore:
     client._sockets = sockets  # type: ignore[assignment]
     core.receive_keys(bytes(random.Random(1).choices(range(0x21, 0x7F), k=20_000)), 0)
     client._send(0)
-    return core
+    return client
 
 
 def test_candidates_beside_the_first_get_some_copies() -> None:
@@ -242,19 +242,26 @@ def test_candidates_beside_the_first_get_some_copies() -> None:
 
 @pytest.mark.parametrize(("number", "mtu_bytes"), [(errno.EMSGSIZE, mosh.FALLBACK_MTU_BYTES), (errno.ENOBUFS, 1_252)])
 def test_what_the_system_finds_too_large_for_any_candidate_is_sent_smaller(number: int, mtu_bytes: int) -> None:
-    assert _paste_through(Sockets({THERE: number})).transport.datagrams.mtu_bytes == mtu_bytes
+    assert _paste_through(Sockets({THERE: number}))._core.transport.datagrams.mtu_bytes == mtu_bytes
 
 
 def test_a_candidate_without_a_path_does_not_keep_the_others_from_their_copies() -> None:
     sockets = Sockets({HERE: errno.ENETUNREACH})
-    core = _paste_through(sockets)
+    core = _paste_through(sockets)._core
     assert sockets.sent == [THERE] * mosh.COPY_DATAGRAMS
     assert "sendto" not in core.bar.text(0) and core.roaming.next_timeout() is None  # another one has been reached
 
 
-def test_a_user_is_told_when_no_candidate_can_be_reached() -> None:
-    core = _paste_through(Sockets({HERE: errno.ENETUNREACH, THERE: errno.ENETUNREACH}))
+def test_a_user_is_told_while_no_candidate_can_be_reached() -> None:
+    answers = {HERE: errno.ENETUNREACH, THERE: errno.ENETUNREACH}
+    client = _paste_through(Sockets(answers))
+    core = client._core
     assert "sendto: refused" in core.bar.text(0) and core.roaming.next_timeout() == mosh.RETRY_MS
+    answers.clear()
+    core.transport.hurry(mosh.RETRY_MS)
+    client._send(mosh.RETRY_MS)
+    at = mosh.RETRY_MS + mosh.MESSAGE_MS
+    assert "sendto" in core.bar.text(at - 1) and "sendto" not in core.bar.text(at)
 
 
 def test_port_hopping_keeps_a_bounded_number_of_old_sockets() -> None:

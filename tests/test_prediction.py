@@ -111,6 +111,13 @@ def test_on_a_very_slow_link_letters_are_underlined_and_blanks_are_not() -> None
     assert shown == [("a", 0), (" ", 0), ("b", mosh.UNDERLINED)]
 
 
+def test_what_a_deletion_brings_to_the_right_edge_is_not_predicted() -> None:
+    driver = _typing_at_a_prompt("experimental", 50, b"$ abcdefghijklmnopqr\x1b[1;4H")
+    driver.type(b"\x7f")
+    driver.draw()
+    assert driver.shown.lines()[0] == "$ bcdefghijklmnopq" + "qr"
+
+
 def test_what_is_shown_on_a_slow_link_is_not_taken_back_when_it_becomes_fast() -> None:
     driver = _typing_at_a_prompt("adaptive", 50)
     driver.type(b"a")
