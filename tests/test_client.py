@@ -258,8 +258,9 @@ def test_a_user_is_told_while_no_candidate_can_be_reached() -> None:
     core = client._core
     assert "sendto: refused" in core.bar.text(0) and core.roaming.next_timeout() == mosh.RETRY_MS
     answers.clear()
-    core.transport.hurry(mosh.RETRY_MS)
-    client._send(mosh.RETRY_MS)
+    for at in (mosh.RETRY_MS, 2 * mosh.RETRY_MS):
+        core.transport.hurry(at)
+        client._send(at)
     at = mosh.RETRY_MS + mosh.MESSAGE_MS
     assert "sendto" in core.bar.text(at - 1) and "sendto" not in core.bar.text(at)
 
@@ -550,6 +551,12 @@ def test_a_server_cannot_ask_the_terminal_for_the_clipboard(question: bytes) -> 
     said = [_host_message([b"\x1b]52;c;aGk=\x07"]), _host_message([b"\x1b]52;c;" + question + b"\x07"])]
     assert _drawn(said[:1]).count(b"\x1b]52;") == 1
     assert _drawn(said).count(b"\x1b]52;") == 1
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_a_delete_in_a_title_stays_out_of_the_terminal(number: int) -> None:
+    drawn = _drawn([_host_message([b"\x1b]%d;a\x7fb\x07" % number])])
+    assert b"ab\x07" in drawn and b"\x7f" not in drawn
 
 
 @pytest.mark.parametrize("written", [
