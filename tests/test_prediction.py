@@ -299,3 +299,11 @@ def test_an_escape_key_of_the_users_own() -> None:
     assert printable.starts_command(ord("~"), True) and not printable.starts_command(ord("~"), False)
     assert mosh.EscapeKey(b"\x03").key == mosh.DEFAULT_ESCAPE_KEY
     assert mosh.EscapeKey(b"\x01").is_pass_key(ord("a")) and mosh.EscapeKey(b"\x01").is_pass_key(ord("A"))
+
+
+@pytest.mark.parametrize(("heard_at", "acked_at"), [(0, 0), (8_000, 0)])
+def test_the_bar_is_looked_at_as_soon_as_it_has_something_to_say(heard_at: int, acked_at: int) -> None:
+    bar = mosh.NotificationBar(0, "Ctrl-^")
+    bar.last_heard_at, bar.last_acked_at = heard_at, acked_at
+    at = bar.next_timeout(heard_at)
+    assert bar.text(at - 1) == "" != bar.text(at)
