@@ -4784,7 +4784,7 @@ class Roaming:
     sealed datagram, so the server takes it once, and moves only to where the fastest copy came from.
     """
 
-    def __init__(self, candidates: Iterable[Address], now: int, *, named: bool = False) -> None:
+    def __init__(self, candidates: Iterable[Address], now: int, *, named: bool) -> None:
         """`candidates`: the likeliest first; `named`: there is a name that can be looked up for more."""
         self._given = list(dict.fromkeys(candidates))[:MAX_CANDIDATES]
         self._found: list[Address] = []  # what the name meant when last looked up

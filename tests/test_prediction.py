@@ -118,6 +118,16 @@ def test_what_a_deletion_brings_to_the_right_edge_is_not_predicted() -> None:
     assert driver.shown.lines()[0] == "$ bcdefghijklmnopq" + "qr"
 
 
+@pytest.mark.parametrize(
+    ("typed", "epochs"), [(b"\x1b[5~", 1), (b"\x1bx", 1), (b"\x01", 1), (b"\x1b]11;rgb:0/0/0\x07", 0), (b"\x7f", 0)]
+)
+def test_what_a_program_may_answer_in_any_way_begins_an_epoch(typed: bytes, epochs: int) -> None:
+    driver = _typing_at_a_prompt("always", 50)
+    before = driver.engine.epoch
+    driver.type(typed)
+    assert driver.engine.epoch == before + epochs
+
+
 def test_what_is_shown_on_a_slow_link_is_not_taken_back_when_it_becomes_fast() -> None:
     driver = _typing_at_a_prompt("adaptive", 50)
     driver.type(b"a")
