@@ -4698,7 +4698,7 @@ class ServerCore:
     def _publish(self, now: int) -> None:
         echo_ack = self._echo_ack
         while self._echo_pending and self._echo_pending[0][0] <= now:
-            echo_ack = max(echo_ack, self._echo_pending.popleft()[1])
+            echo_ack = self._echo_pending.popleft()[1]
         if self._changed or echo_ack != self._echo_ack:
             self._resize()
             self._echo_ack, self._changed = echo_ack, False

@@ -185,6 +185,16 @@ def test_the_life_of_one_key() -> None:
     assert 50 <= echo_ack.at - (key.at + 4) <= 60 and ack.at - echo.at <= 4 + 100
 
 
+def test_the_answer_that_ends_a_search_is_acknowledged_at_once() -> None:
+    """Until it hears from the client again, the server may not send it much."""
+    client, server = _client(), _server()
+    for datagram in client.datagrams_to_send(now=0):
+        server.receive_datagram(datagram, HOME_ADDRESS, now=20)
+    for datagram in server.datagrams_to_send(now=30):
+        client.receive_datagram(datagram, SERVER_ADDRESS, now=50)
+    assert not client.roaming.searching and client.datagrams_to_send(now=50)
+
+
 def test_keys_that_are_told_again_by_parts_are_read_once() -> None:
     """A client on a narrow path steps back to a state that holds less."""
     server = _server()

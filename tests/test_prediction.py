@@ -139,6 +139,7 @@ def test_what_is_shown_on_a_slow_link_is_not_taken_back_when_it_becomes_fast() -
     for shows in (True, False):  # what is settled in one look counts in the next
         driver.draw()
         assert driver.engine.shows_slow_link == shows
+    assert not driver.engine.is_waiting
 
 
 def test_a_glitch_is_cured_by_quick_echoes_over_some_time_not_by_a_burst_of_them() -> None:
