@@ -661,6 +661,24 @@ def test_what_outlives_ssh_is_not_waited_for(tmp_path: Path, capfd: pytest.Captu
         peers.end_process(int(pid.read_text()))
 
 
+def test_a_host_that_asks_again_and_again_is_sent_the_program_so_often_and_no_more() -> None:
+    login = mosh.Login(_login(host="there"), 256)
+    login._program = mosh.Program(b"", b"")
+    for now in range(3 * mosh._SENDS_LIMIT):
+        login.announcement.take(f"{login._token} NEED 3.11")
+        login._check_progress(now)
+    assert login._sent_count == mosh._SENDS_LIMIT
+
+
+def test_a_host_of_both_families_wants_a_choice_where_that_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [(family, socket.SOCK_DGRAM, 17, "", (host, 60001))
+             for family, host in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1"))]  # fmt: skip
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_: found)
+    assert [str(each.sockaddr[0]) for each in mosh.resolve("there", 60001, "all")] == ["192.0.2.1", "2001:db8::1"]
+    with pytest.raises(mosh.BootstrapError, match="there has both IPv4 and IPv6 addresses, use --family"):
+        mosh.resolve("there", 60001, "auto")
+
+
 def test_our_proxy_may_lie_in_a_folder_of_any_name(monkeypatch: pytest.MonkeyPatch) -> None:
     """ssh expands what follows a percent sign, unless that is another one."""
     monkeypatch.setattr(mosh, "own_program", lambda: ["/a/50%off/mosh.pyz"])

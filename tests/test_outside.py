@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -66,6 +67,23 @@ def _received(udp: mosh.UdpSocket) -> tuple[bytes, mosh.Address, bool] | None:
 
 
 # -- UDP -------------------------------------------------------------------------------------------------------
+
+
+class _Full:
+    """A system's socket whose interface has no room."""
+
+    def sendto(self, *_: object) -> None:
+        """See socket.socket."""
+        raise OSError(errno.ENOBUFS, "No buffer space available")
+
+
+@pytest.mark.parametrize("hears_icmp", [False, True])
+def test_who_hears_icmp_is_told_too_much_when_an_interface_drops_a_datagram(hears_icmp: bool) -> None:
+    udp = mosh.UdpSocket(socket.AF_INET)
+    udp.close()
+    udp._socket, udp._hears_icmp = _Full(), hears_icmp  # type: ignore[assignment]
+    with contextlib.nullcontext() if hears_icmp else pytest.raises(OSError, match="No buffer space"):
+        udp.send(b"x", (peers.LOOPBACK, 9))
 
 
 def test_a_datagram_arrives_with_its_source(ends: tuple[mosh.UdpSocket, mosh.UdpSocket, str]) -> None:
