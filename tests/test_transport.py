@@ -569,6 +569,14 @@ def test_a_train_that_waited_out_a_suspend_leaves_and_is_not_resent_before_an_ac
     assert at == 500_000 and len(sizes) > 20
 
 
+def test_who_has_moved_does_not_wait_for_a_train_that_nobody_can_receive() -> None:
+    peer = _connected(rtt_ms=400)
+    peer.transport.set_current(Note(NOISE), now=1_000)
+    _sizes(peer, until=1_010)
+    peer.transport.hurry(now=1_011)
+    assert len(peer.transport.datagrams_to_send(now=1_011)) == mosh.BURST_DATAGRAMS
+
+
 def test_the_pieces_of_a_large_instruction_that_is_resent_fill_the_gaps() -> None:
     client, server = _transport(), _transport(TO_CLIENT)
     client.set_current(Note(NOISE[:5_000]), now=0)
