@@ -49,7 +49,7 @@ import zlib
 from collections import deque, namedtuple
 from enum import Enum, auto
 from functools import lru_cache
-from itertools import accumulate, takewhile
+from itertools import accumulate, groupby, takewhile
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -141,6 +141,8 @@ FIRST_PORT, LAST_PORT = 60001, 60999  # where a server looks for a free UDP port
 
 class MoshError(Exception):
     """Base of every error this module raises on purpose; its text is for the user and never holds a key."""
+
+    status = 1  # to exit with
 
 
 class PacketError(MoshError):
@@ -439,22 +441,18 @@ class LibcryptoCipher:
         return self._buffer.raw[:size]
 
 
-def _known_answers() -> Iterator[tuple[bytes, bytes, bytes, bytes]]:
-    """Yield (key, nonce, plaintext, sealed). Source: RFC 7253 appendix A, the rows without associated data."""
-    raw_key = bytes(range(16))
-    yield raw_key, bytes.fromhex("BBAA99887766554433221100"), b"", bytes.fromhex("785407BFFFC8AD9EDCC5520AC9111EE6")
-    yield (
-        raw_key,
-        bytes.fromhex("BBAA99887766554433221103"),
-        bytes(range(8)),
-        bytes.fromhex("45DD69F8F5AAE72414054CD1F35D82760B2CD00D2F99BFA9"),
-    )
+# (nonce, plaintext, sealed) under the key 00 01 ... 0F. Source: RFC 7253 appendix A, rows without associated data.
+_KNOWN_ANSWERS = (
+    ("BBAA99887766554433221100", "", "785407BFFFC8AD9EDCC5520AC9111EE6"),
+    ("BBAA99887766554433221103", "0001020304050607", "45DD69F8F5AAE72414054CD1F35D82760B2CD00D2F99BFA9"),
+)
 
 
 def check_cipher(make: Callable[[bytes], Cipher]) -> None:
     """Prove a backend on published answers, a full-sized message and a forgery. Raises OSError if it fails."""
-    for raw_key, nonce, plaintext, sealed in _known_answers():
-        cipher = make(raw_key)
+    cipher = make(bytes(range(KEY_BYTES)))
+    for row in _KNOWN_ANSWERS:
+        nonce, plaintext, sealed = map(bytes.fromhex, row)
         if cipher.encrypt(nonce, plaintext) != sealed or cipher.decrypt(nonce, sealed) != plaintext:
             raise OSError("wrong answer to a published test vector")
     message = bytes(range(256)) * 5 + bytes(120)
@@ -1732,6 +1730,7 @@ WIDTH_EXCEPTIONS = (
     "W_7Z9?Ang{{WTKT$*A4F"
 )
 _VERDICTS = (-1, 0, 1, 2, None)  # None: the package decides
+_NO_EXCEPTION = -2
 ZERO_WIDTH_JOINER = "\u200d"
 SKIN_TONES = "\U0001f3fb\U0001f3fc\U0001f3fd\U0001f3fe\U0001f3ff"
 _JOINERS = f"{ZERO_WIDTH_JOINER}\ufe0e\ufe0f{SKIN_TONES}"  # the two ends agree on these, but the terminal may not
@@ -1739,15 +1738,15 @@ _JOINERS = f"{ZERO_WIDTH_JOINER}\ufe0e\ufe0f{SKIN_TONES}"  # the two ends agree 
 
 @lru_cache(maxsize=1)
 def _width_exceptions() -> tuple[list[int], list[int | None]]:
-    """Return the exceptions as (first code points of runs, verdict per run), -2 for "not an exception"."""
+    """Return the exceptions as (first code points of runs, verdict per run)."""
     starts: list[int] = [0]
-    verdicts: list[int | None] = [-2]
+    verdicts: list[int | None] = [_NO_EXCEPTION]
     import base64  # 2 ms
 
     for run in zlib.decompress(base64.b85decode(WIDTH_EXCEPTIONS)).decode("ascii").split(","):
         gap, length, verdict = (int(word, 16) for word in run.split())
         starts += [starts[-1] + gap, starts[-1] + gap + length]
-        verdicts += [_VERDICTS[verdict], -2]
+        verdicts += [_VERDICTS[verdict], _NO_EXCEPTION]
     return starts, verdicts
 
 
@@ -1784,14 +1783,14 @@ def char_width(char: str) -> int:
         return -1
     starts, verdicts = _width_exceptions()
     verdict = verdicts[bisect.bisect(starts, ord(char)) - 1]
-    return _package_width()(char) if verdict is None or verdict == -2 else verdict
+    return _package_width()(char) if verdict in (None, _NO_EXCEPTION) else verdict
 
 
 @lru_cache(maxsize=8192)
 def is_width_doubtful(char: str) -> bool:
     """Return whether another terminal may well give `char` a different width."""
     starts, verdicts = _width_exceptions()
-    return char > "\xff" and (char in _JOINERS or verdicts[bisect.bisect(starts, ord(char)) - 1] != -2)
+    return char > "\xff" and (char in _JOINERS or verdicts[bisect.bisect(starts, ord(char)) - 1] != _NO_EXCEPTION)
 
 
 # Characters of width 1 that make up nearly all text: ASCII, Latin, Cyrillic, box drawing and blocks. Text beyond these
@@ -1825,8 +1824,8 @@ NARROW_CELLS = lazy_pattern(f"[\0{_NARROW}]*")
 
 NUL = "\0"  # an empty cell, and the cell covered by the right half of a wide character
 
-BOLD, ITALIC, UNDERLINED, BLINK, INVERSE, INVISIBLE = (1 << n for n in (1, 3, 4, 5, 7, 8))  # bit n is SGR parameter n
-ATTRIBUTE_NUMBERS = (1, 3, 4, 5, 7, 8)
+ATTRIBUTE_NUMBERS = (1, 3, 4, 5, 7, 8)  # SGR parameter n is bit n
+BOLD, ITALIC, UNDERLINED, BLINK, INVERSE, INVISIBLE = (1 << n for n in ATTRIBUTE_NUMBERS)
 RGB = 0x1000000  # a colour is None, a palette index 0..255, or RGB | red << 16 | green << 8 | blue
 
 CLUSTER_LIMIT_BYTES = 32  # a cell that has reached this takes no more combining marks
@@ -2417,7 +2416,7 @@ class Parser:
     def _step(self, char: str, out: list[str]) -> None:
         """Take one character through the state table."""
         code = ord(char)
-        row = _STEPS.get(self.state, {})
+        row = _STEPS[self.state]
         action, state = _ANYWHERE.get(code) or row.get(code if code < 0xA0 else _LETTER, _NO_STEP)
         if state is not None and self.state is ParserState.OSC:
             _append(out, f"\x1b]{self._osc}\a")  # leaving by any route ends the command
@@ -2482,7 +2481,7 @@ _KEEPS_WRAP_PENDING = {"\t", "I", "Z", "g", "?h", "?l"}
 # line ends and sequences that stay within their row come in, only the lines after the (height + 1)th from the end can
 # still be on the screen. Of the others, only the pen and the bells outlive them.
 _SKIP_FROM_BYTES = 2_048  # shorter feeds are not worth the search
-_SHORT_BYTES = 64
+_SHORT_BYTES = 64  # how far ahead a good place to cut is looked for
 _SEARCH_LIMIT_BYTES = 1 << 16  # at a time: most of a search is in vain if the next sequence that leaves the row is near
 _LEAVES_ROW = {  # by their first byte: looking for that alone is ten times as fast
     b"\x1b": lazy_pattern(rb"\x1b(?!\[[0-9;]*[mKXPCDG@]|[=>]|\([0B])"),  # not SGR EL ECH DCH CUF CUB CHA ICH, no-ops
@@ -2533,17 +2532,10 @@ def _end_of_lines(data: bytes, start: int) -> int:
     return end
 
 
-class SavedCursor:
-    """What DECSC saves."""
+class SavedCursor(namedtuple("SavedCursor", "row col pen autowrap origin_mode")):
+    """What DECSC saves; the pen as a Rendition."""
 
-    __slots__ = ("autowrap", "col", "origin_mode", "pen", "row")
-
-    def __init__(self, row: int, col: int, pen: Rendition, autowrap: bool, origin_mode: bool) -> None:
-        self.row = row
-        self.col = col
-        self.pen = pen
-        self.autowrap = autowrap
-        self.origin_mode = origin_mode
+    __slots__ = ()
 
 
 _HOME = SavedCursor(0, 0, Rendition(), autowrap=True, origin_mode=False)
@@ -2837,7 +2829,7 @@ class Emulator:
     def _go(self, row: int, col: int) -> None:
         """Move to a row and a column of the screen, or as near as the cursor may go."""
         framebuffer = self.framebuffer
-        top, bottom = self._limits() if self.origin_mode else (0, framebuffer.height - 1)
+        top, bottom = self._limits()
         row = top if row < top else bottom if row > bottom else row
         col = 0 if col < 0 else framebuffer.width - 1 if col >= framebuffer.width else col
         framebuffer.cursor_row = self.combining_row = row
@@ -2849,10 +2841,6 @@ class Emulator:
 
     def _go_col(self, col: int) -> None:
         self._go(self.framebuffer.cursor_row, col)
-
-    def _go_addressed(self, row: int) -> None:
-        """Move to a row counted from the margin that origin mode sets."""
-        self._go_row(self._limits()[0] + row)
 
     def _step_rows(self, count: int) -> None:
         """Move down (up if negative), scrolling at the margins of the scrolling region."""
@@ -2905,9 +2893,8 @@ class Emulator:
     def decsc(self, _: Parameters = ()) -> None:
         framebuffer = self.framebuffer
         pen = framebuffer.codebook.rendition(framebuffer.pen)
-        self.saved_cursor = SavedCursor(
-            framebuffer.cursor_row, framebuffer.cursor_col, pen, self.autowrap, self.origin_mode
-        )
+        row, col = framebuffer.cursor_row, framebuffer.cursor_col
+        self.saved_cursor = SavedCursor(row, col, pen, self.autowrap, self.origin_mode)
 
     def decrc(self, _: Parameters = ()) -> None:
         saved = self.saved_cursor
@@ -2941,10 +2928,10 @@ class Emulator:
 
     def cup(self, parameters: Parameters) -> None:
         col = (parameters[1] or 1) - 1 if len(parameters) > 1 else 0
-        self._go((parameters[0] or 1) - 1 + (self.region_top if self.origin_mode else 0), col)
+        self._go(self._limits()[0] + (parameters[0] or 1) - 1, col)
 
     def vpa(self, parameters: Parameters) -> None:
-        self._go_addressed((parameters[0] or 1) - 1)
+        self._go_row(self._limits()[0] + (parameters[0] or 1) - 1)
 
     def cha(self, parameters: Parameters) -> None:
         self._go_col((parameters[0] or 1) - 1)
@@ -3399,7 +3386,7 @@ class _FrameWriter:
         if not known or last.focus_events != new.focus_events:
             out.append(_mode(1004, new.focus_events))
         if not known or last.mouse_encoding != new.mouse_encoding:
-            out.append(_exclusive_mode((1015, 1006, 1005), last.mouse_encoding, new.mouse_encoding))
+            out.append(_exclusive_mode(MOUSE_ENCODINGS[::-1], last.mouse_encoding, new.mouse_encoding))
 
     # -- scrolling
 
@@ -3828,17 +3815,12 @@ class UserStream:
     def diff_from(self, base: UserStream) -> bytes:
         """Return a UserMessage with the events after `base`."""
         out = []
-        keys = bytearray()
-        for event in self.events_since(base.length):
-            if isinstance(event, int):
-                keys.append(event)
-                continue
-            if keys:
-                out.append(_instruction(USER_KEYSTROKE, encode_field(KEYSTROKE_KEYS, bytes(keys))))
-                keys.clear()
-            out.append(_instruction(USER_RESIZE if isinstance(event, Resize) else HELLO, event.encode()))
-        if keys:
-            out.append(_instruction(USER_KEYSTROKE, encode_field(KEYSTROKE_KEYS, bytes(keys))))
+        runs: Iterable[tuple[Any, Iterator[Any]]] = groupby(self.events_since(base.length), type)
+        for kind, run in runs:
+            if kind is int:
+                out.append(_instruction(USER_KEYSTROKE, encode_field(KEYSTROKE_KEYS, bytes(run))))
+            else:
+                out += [_instruction(USER_RESIZE if kind is Resize else HELLO, event.encode()) for event in run]
         return b"".join(out)
 
     def applied(self, diff: bytes) -> UserStream:
@@ -4009,7 +3991,6 @@ NEVER = LAST_STATE_NUM  # as an epoch or a state number: not before the end of t
 _BLANKS = ("", " ", "\xa0")
 
 CodePair = tuple[str, str]  # a cell as (text, attrs) code points
-
 
 # A user who types on while the network is down would be remembered key by key; only the newest count for anything.
 OLDS_LIMIT = 64  # former contents of a cell
@@ -4202,8 +4183,6 @@ class PredictionEngine:
         return Verdict.NO_CREDIT if was_there else Verdict.CORRECT
 
     def _cursor_verdict(self, cursor: CursorPrediction, screen: Framebuffer) -> Verdict:
-        if cursor.row >= screen.height or cursor.col >= screen.width:
-            return Verdict.WRONG
         if self._echo_ack < cursor.expires:
             return Verdict.PENDING
         there = (cursor.row, cursor.col) == (screen.cursor_row, screen.cursor_col)
@@ -4311,10 +4290,9 @@ class PredictionEngine:
             cells = zip(self.rows[row], screen.codes_of(row) if row < screen.height else ())
             for col, (cell, there) in enumerate(cells):
                 if cell.active and cell.until <= self.confirmed_epoch and (cell.unknown or cell.new != there):
-                    self._apply_cell(cell, row, col, screen)
+                    self._apply_cell(cell, there, row, col, screen)
 
-    def _apply_cell(self, cell: CellPrediction, row: int, col: int, screen: Framebuffer) -> None:
-        there = screen.code_at(row, col)
+    def _apply_cell(self, cell: CellPrediction, there: CodePair, row: int, col: int, screen: Framebuffer) -> None:
         underline = self.underlines and not (self._is_blank(there) and self._is_blank(cell.new))
         if not cell.unknown:
             text, attr = cell.new
@@ -4371,7 +4349,7 @@ class PredictionEngine:
     def _new_cursor(self, row: int, col: int) -> CursorPrediction:
         cursor = CursorPrediction(row, col, self.epoch, self._last_sent_num + 1)
         self.cursors = [*self.cursors[1 - CURSORS_LIMIT :], cursor]
-        return self.cursors[-1]
+        return cursor
 
     def _ensure_cursor(self) -> CursorPrediction:
         """Return the cursor prediction of this epoch, made from the last one or from the screen."""
@@ -4500,30 +4478,25 @@ class NotificationBar:
         self._message = ""
         self._expires_at: int | None = None  # None: stays until replaced
         self._shows_hint = True
-        self._is_network_error = False
+        self.tells_network_error = False  # the system's word on a failure to send, the reason of what follows from it
 
     def set_message(self, text: str, now: int, *, permanent: bool = False, hint: bool = True) -> None:
         """Show `text` for MESSAGE_MS or until replaced; empty text clears it."""
         self._message = text
         self._expires_at = None if permanent else now + MESSAGE_MS
         self._shows_hint = hint
-        self._is_network_error = False
+        self.tells_network_error = False
 
     def set_network_error(self, text: str, now: int) -> None:
         """Show the system's word on a failure to send."""
         self.set_message(text, now)
         self._expires_at = now + NETWORK_ERROR_MS
-        self._is_network_error = True
+        self.tells_network_error = True
 
     def network_works(self, now: int) -> None:
         """A datagram could be sent: a network error goes soon."""
-        if self._is_network_error and self._expires_at is not None:
+        if self.tells_network_error and self._expires_at is not None:
             self._expires_at = min(self._expires_at, now + MESSAGE_MS)
-
-    @property
-    def tells_network_error(self) -> bool:
-        """Whether the newest word is the system's on a failure to send, which is the reason of what follows from it."""
-        return self._is_network_error
 
     def text(self, now: int, width: int = BAR_LIMIT) -> str:
         """Return the line, empty if nothing is to be shown. Where it is too long, how to quit outlasts for how long."""
@@ -4639,7 +4612,12 @@ TITLE_PREFIX = "[mosh] "
 SYNCHRONIZED_OUTPUT_QUERY = b"\x1b[?2026$p"
 _SYNCHRONIZED_OUTPUT_REPLY = lazy_pattern(rb"\x1b\[\?2026;([0-4])\$y")
 _CUT_OFF_REPLY = lazy_pattern(rb"\x1b\[\?[0-9]{0,4}(?:;[0-4]?\$?)?\Z")  # no key sends the first three bytes
-_REPLY_LIMIT_MS = 5_000
+_TERMINAL_REPLY_MS = 5_000  # from then on all input is the user's
+
+
+def earliest(deadlines: Iterable[int | None]) -> int | None:
+    """Return the first of some deadlines, of which None is never."""
+    return min((deadline for deadline in deadlines if deadline is not None), default=None)
 
 
 class ServerCore:
@@ -4717,16 +4695,13 @@ class ServerCore:
                 self.client_hello, self._hello = event, Hello()
             else:
                 keys.append(event)
-        self._feed_keys(keys)
-        if any(isinstance(event, int) for event in events):
+        if keys:
+            filtered = self._key_filter.filter(bytes(keys), self._emulator.application_cursor_keys)
+            self.host_input += filtered[: max(0, INPUT_LIMIT_BYTES - len(self.host_input))]
             self.transport.sender.expect_answer(now)
         if events:
             self._echo_pending.append((now + ECHO_ACK_DELAY_MS, remote.num))
             self._changed = True
-
-    def _feed_keys(self, keys: bytearray) -> None:
-        filtered = self._key_filter.filter(bytes(keys), self._emulator.application_cursor_keys)
-        self.host_input += filtered[: max(0, INPUT_LIMIT_BYTES - len(self.host_input))]
 
     def _resize(self) -> None:
         """Give the screen the user's size, as late as possible: of several sizes only the last one matters.
@@ -4751,7 +4726,7 @@ class ServerCore:
     def _publish(self, now: int) -> None:
         echo_ack = self._echo_ack
         while self._echo_pending and self._echo_pending[0][0] <= now:
-            echo_ack = max(echo_ack, self._echo_pending.popleft()[1])
+            echo_ack = self._echo_pending.popleft()[1]
         if self._changed or echo_ack != self._echo_ack:
             self._resize()
             self._echo_ack, self._changed = echo_ack, False
@@ -4763,10 +4738,8 @@ class ServerCore:
 
     def next_timeout(self) -> int | None:
         """Return when datagrams_to_send has to be asked next, None for not before something comes in."""
-        deadlines = [deadline for deadline in (self.transport.next_timeout(),) if deadline is not None]
-        if self._echo_pending and self.peer is not None:
-            deadlines.append(self._echo_pending[0][0])
-        return min(deadlines, default=None)
+        echo_due_at = self._echo_pending[0][0] if self._echo_pending and self.peer is not None else None
+        return earliest((self.transport.next_timeout(), echo_due_at))
 
     def start_shutdown(self, now: int) -> None:
         """Send the last screen and say goodbye."""
@@ -4801,17 +4774,11 @@ class EscapeKey:
 
     def __init__(self, setting: bytes | None) -> None:
         """`setting`: the value of MOSH_ESCAPE_KEY, None if unset. Source: stock mosh-client's manual page."""
-        self.key: int | None = None
-        self._pass_keys = b"^"
-        self._needs_newline = False  # a printable escape key counts only at the start of a line
-        if setting != b"":
-            self._choose(setting[0] if setting is not None and len(setting) == 1 else DEFAULT_ESCAPE_KEY)
-
-    def _choose(self, key: int) -> None:
+        key = setting[0] if setting is not None and len(setting) == 1 else DEFAULT_ESCAPE_KEY
         if not 0 < key < 0x80 or key in b"\x03\x04\n\x0c\r":
             key = DEFAULT_ESCAPE_KEY
-        self.key = key
-        self._needs_newline = key >= 0x20
+        self.key = None if setting == b"" else key
+        self._needs_newline = key >= 0x20  # a printable escape key counts only at the start of a line
         pass_key = bytes((key if key >= 0x20 else key + 0x40,))
         self._pass_keys = pass_key + pass_key.lower()
 
@@ -4845,7 +4812,7 @@ class Roaming:
     sealed datagram, so the server takes it once, and moves only to where the fastest copy came from.
     """
 
-    def __init__(self, candidates: Iterable[Address], now: int, *, named: bool = False) -> None:
+    def __init__(self, candidates: Iterable[Address], now: int, *, named: bool) -> None:
         """`candidates`: the likeliest first; `named`: there is a name that can be looked up for more."""
         self._given = list(dict.fromkeys(candidates))[:MAX_CANDIDATES]
         self._found: list[Address] = []  # what the name meant when last looked up
@@ -4930,7 +4897,7 @@ class Roaming:
         self._silent_at = None if heard_at is None else heard_at + SILENT_MS
         overdue_at = self._overdue_at()
         if overdue_at is not None and now >= overdue_at:
-            self._doubted.update([] if self.current is None else [self.current])
+            self._doubted.add(self.current)
             self._search(now)
         if self._tries and now >= self._tries[0]:
             self._tries.pop(0)
@@ -4964,8 +4931,7 @@ class Roaming:
 
     def next_timeout(self) -> int | None:
         """Return when update and wants_lookup have to be asked next."""
-        deadlines = (self._overdue_at(), self._lookup_at, *self._tries[:1])
-        return min((deadline for deadline in deadlines if deadline is not None), default=None)
+        return earliest((self._overdue_at(), self._lookup_at, *self._tries[:1]))
 
     def _overdue_at(self) -> int | None:
         """When an answer will be overdue, None while that is known or nothing has been heard ever."""
@@ -5017,14 +4983,13 @@ class ClientCore:
         self._started_at = now
         self._port = port
         self.icmp_error = ""  # the newest that counts
-        self._stream = self.transport.sender.current
         self.transport.sender.may_step_back = False  # a stock server would abort
         # the user's keys
         self._escape_key = escape_key or EscapeKey(None)
         self._in_command = False
         self._after_newline = False
         self.suspend_requested = False  # the shell takes it back once it has suspended
-        self._asks_terminal_until = now + _REPLY_LIMIT_MS  # from then on all input is the user's
+        self._asks_terminal_until = now + _TERMINAL_REPLY_MS
         self._cut_off_reply = b""
         # the user's screen
         self._frame_marks = (b"", b"")  # around each frame
@@ -5059,7 +5024,7 @@ class ClientCore:
 
     def note_bad_datagram(self, error: PacketError, now: int) -> None:
         """Tell the user why a datagram was dropped, while there is no session that it could only disturb."""
-        if self.is_connecting and self.phase is Phase.CONNECTING:
+        if self.phase is Phase.CONNECTING:
             self.bar.set_message(f"Crypto exception: {error}", now)
 
     def note_network_error(self, text: str, now: int) -> None:
@@ -5078,7 +5043,7 @@ class ClientCore:
 
     def receive_keys(self, data: bytes, now: int) -> None:
         """Take in what the user typed, one read at a time: a long one is a paste and is not predicted."""
-        if self.transport.phase in (Phase.CLOSING, Phase.CLOSED):
+        if self.phase in (Phase.CLOSING, Phase.CLOSED):
             return
         if now < self._asks_terminal_until or self._cut_off_reply:
             data = self._without_reply(data)
@@ -5117,8 +5082,7 @@ class ClientCore:
             self.repaint()  # it has had another size meanwhile, at which the terminal may have moved or cut everything
 
     def _push(self, events: Iterable[UserEvent], now: int) -> None:
-        self._stream = self._stream.with_events(events)
-        self.transport.set_current(self._stream, now)
+        self.transport.set_current(self.transport.sender.current.with_events(events), now)
 
     def _observe(self) -> None:
         self.engine.observe(
@@ -5228,13 +5192,13 @@ class ClientCore:
 
     def start_shutdown(self, reason: str, now: int) -> None:
         """Leave, telling the user why and the server that."""
-        if self.transport.phase not in (Phase.CLOSING, Phase.CLOSED):
+        if self.phase not in (Phase.CLOSING, Phase.CLOSED):
             self.bar.set_message(reason, now, permanent=True)
             self.transport.start_shutdown(now)
 
     def _update_notices(self, now: int) -> None:
         waited_ms = now - self._started_at
-        if not self.is_connecting or self.transport.phase is not Phase.CONNECTING:
+        if self.phase is not Phase.CONNECTING:
             return
         if waited_ms > CONNECT_LIMIT_MS:
             self.start_shutdown("Timed out waiting for server...", now)
@@ -5246,7 +5210,7 @@ class ClientCore:
     @property
     def takes_keys(self) -> bool:
         """Whether more keys may come; False while the server lacks too many of those that did."""
-        return self._stream.backlog < TYPED_LIMIT_EVENTS
+        return self.transport.sender.current.backlog < TYPED_LIMIT_EVENTS
 
     @property
     def is_connecting(self) -> bool:
@@ -5292,7 +5256,7 @@ if TYPE_CHECKING:
     import argparse
     import subprocess
     from collections.abc import MutableMapping
-    from types import FrameType, TracebackType
+    from types import FrameType
 
 # ======================================================================================================================
 # == 16. Outside world -- monotonic clock, UDP sockets, selector loop, signals
@@ -5331,18 +5295,12 @@ _PKTINFO_6 = struct.Struct("=16sI")  # the datagram's target, interface: struct 
 _ANCILLARY_BYTES = socket.CMSG_SPACE(4) + socket.CMSG_SPACE(_PKTINFO_6.size)  # the largest that a datagram can bring
 _ERROR_ANCILLARY_BYTES = 256  # and more than an error can
 _IUTF8 = getattr(termios, "IUTF8", 0x4000)  # not in Python's termios module before 3.12; Linux and macOS agree
-_FAMILY_NAMES = {socket.AF_INET: "IPv4", socket.AF_INET6: "IPv6"}
+_FAMILY_NAMES: dict[int, str] = {socket.AF_INET: "IPv4", socket.AF_INET6: "IPv6"}
 
 
 def monotonic_ms() -> int:
     """Return the clock that everything runs by."""
     return time.monotonic_ns() // 1_000_000
-
-
-def environment_bytes(name: str) -> bytes | None:
-    """Return an environment variable as bytes, None if it is unset."""
-    value = os.environ.get(name)
-    return None if value is None else os.fsencode(value)
 
 
 _TERMINAL_SEQUENCE = lazy_pattern(
@@ -5371,7 +5329,7 @@ def write_all(descriptor: int, data: bytes) -> None:
 def window_size(descriptor: int) -> tuple[int, int]:
     """Return (width, height) of a terminal; 80x24 where the system says 0 or nothing."""
     try:
-        height, width, _, _ = struct.unpack("HHHH", fcntl.ioctl(descriptor, termios.TIOCGWINSZ, bytes(8)))
+        width, height = os.get_terminal_size(descriptor)
     except OSError:
         return 80, 24
     return (width, height) if width and height else (80, 24)
@@ -5413,7 +5371,7 @@ def take_secret_from_environment(name: str) -> str | None:
         getenv.restype = ctypes.c_void_p
         address = getenv(name.encode())
         if address:  # security: removing it only unlinks it, the text stays where exec has put it
-            ctypes.memset(address, 0, len(environment_bytes(name) or b""))
+            ctypes.memset(address, 0, len(os.environb[name.encode()]))
     return os.environ.pop(name)
 
 
@@ -5495,8 +5453,7 @@ class UdpSocket:
         if self.family == socket.AF_INET6:
             level, option = socket.IPPROTO_IPV6, _IPV6_RECVPKTINFO
         if option is not None:  # where the system has neither it chooses the source of an answer itself
-            with contextlib.suppress(OSError):
-                self._socket.setsockopt(level, option, 1)
+            self._set_option(level, option, 1)
 
     def hear_icmp(self) -> None:
         """Let icmp_errors return something, where the system has a way: Linux."""
@@ -5732,6 +5689,10 @@ def open_standard_descriptors() -> None:
             setattr(sys, name, open(number, "r" if number == 0 else "w", closefd=False))  # noqa: SIM115
 
 
+_LOADER: Any = globals().get("__loader__")
+_ARCHIVE: str | None = getattr(_LOADER, "archive", None)  # the mosh.pyz that this is in, if it is in one
+
+
 def own_python() -> str:
     """Return the path of the Python that runs this, which does not know it itself where PATH is unset."""
     return sys.executable or os.path.realpath("/proc/self/exe")
@@ -5739,8 +5700,7 @@ def own_python() -> str:
 
 def own_program() -> list[str]:
     """Return the words that start this very file again, be it mosh.py, mosh.pyz or a link to it."""
-    loader = globals().get("__loader__")
-    return [own_python(), os.path.abspath(getattr(loader, "archive", None) or __file__)]
+    return [own_python(), os.path.abspath(_ARCHIVE or __file__)]
 
 
 # -- the private cache, and the crypto library that mosh.pyz may have to unpack there
@@ -5883,11 +5843,8 @@ class BundledLibraries:
     def __init__(self) -> None:
         from importlib.machinery import EXTENSION_SUFFIXES
 
-        loader = globals().get("__loader__")
-        self._archive = getattr(loader, "archive", None)
-        if self._archive is None:
+        if _ARCHIVE is None:
             raise OSError("only mosh.pyz can hold it, and this is no mosh.pyz")
-        self._get_data = loader.get_data  # type: ignore[union-attr]
         platform = f"{sys.platform}-{os.uname().machine}"
         if sys.platform == "linux" and "CS_GNU_LIBC_VERSION" not in os.confstr_names:
             platform += "-musl"  # security: what was made for glibc may load there, and crash
@@ -5958,7 +5915,7 @@ class BundledLibraries:
         """Import all that AESOCB3 takes: the libraries from `paths`, the rest from the archive. Raises ImportError."""
         for name in [name for name in sys.modules if name.partition(".")[0] in ("cryptography", "_cffi_backend")]:
             del sys.modules[name]  # an older or broken package that was tried before
-        finder, package = _ExtensionFinder(paths), f"{self._archive}/{_NATIVES}/python"
+        finder, package = _ExtensionFinder(paths), f"{_ARCHIVE}/{_NATIVES}/python"
         sys.meta_path.insert(0, finder)
         sys.path.insert(0, package)
         try:
@@ -5980,7 +5937,7 @@ class BundledLibraries:
 
     def _member(self, name: str) -> bytes:
         try:
-            data: bytes = self._get_data(f"{self._archive}/{_NATIVES}/{name}")
+            data: bytes = _LOADER.get_data(f"{_ARCHIVE}/{_NATIVES}/{name}")
             return data
         except (ImportError, EOFError, zlib.error):
             raise OSError(f"{name} in mosh.pyz is damaged") from None
@@ -6001,13 +5958,13 @@ class BundledCipher(CryptographyCipher):
         super().__init__(raw_key)
 
 
-INSTALLED_CIPHERS: tuple[Callable[[bytes], Cipher], ...] = (CryptographyCipher, LibcryptoCipher)
-CIPHERS: tuple[Callable[[bytes], Cipher], ...] = (*INSTALLED_CIPHERS, BundledCipher)
+INSTALLED_CIPHERS: tuple[type[CryptographyCipher | LibcryptoCipher], ...] = (CryptographyCipher, LibcryptoCipher)
+CIPHERS = (*INSTALLED_CIPHERS, BundledCipher)
 
 
 def _cipher_attempts(wanted: str) -> Iterator[tuple[str, Callable[[bytes], Cipher], str]]:
     """Yield (name, backend, where it is looked for) of all, or of those named `wanted`, each when its turn has come."""
-    named = [(make.name, make) for make in CIPHERS if wanted in ("", make.name)]  # type: ignore[attr-defined]
+    named = [(make.name, make) for make in CIPHERS if wanted in ("", make.name)]
     installed = [(name, make) for name, make in named if make in INSTALLED_CIPHERS]
     yield from ((name, make, "as started") for name, make in installed)
     if sys.flags.no_site and installed:
@@ -6018,9 +5975,10 @@ def _cipher_attempts(wanted: str) -> Iterator[tuple[str, Callable[[bytes], Ciphe
     yield from ((name, make, "in mosh.pyz") for name, make in named if make not in INSTALLED_CIPHERS)
 
 
-def choose_cipher(wanted: str = "") -> Callable[[bytes], Cipher]:
-    """Return the first backend that works, or the one named `wanted`. Raises BootstrapError naming every reason."""
-    names = [make.name for make in CIPHERS]  # type: ignore[attr-defined]
+def choose_cipher() -> Callable[[bytes], Cipher]:
+    """Return the first backend that works, or the one MOSH_CRYPTO names. Raises BootstrapError naming every reason."""
+    wanted = os.environ.get("MOSH_CRYPTO", "")
+    names = [make.name for make in CIPHERS]
     if wanted not in ("", *names):
         raise BootstrapError(f"MOSH_CRYPTO is {wanted!a}; it can be {', '.join(names[:-1])} or {names[-1]}")
     reasons = []
@@ -6338,7 +6296,7 @@ class Server:
             deadlines.append(self._started_at + FIRST_CLIENT_MS)
         if self._network_timeout_ms and self._core.phase is not Phase.CLOSING:
             deadlines.append(self._core.client_heard_at + self._network_timeout_ms)
-        return min((deadline for deadline in deadlines if deadline is not None), default=None)
+        return earliest(deadlines)
 
     # -- network
 
@@ -6454,7 +6412,7 @@ class Server:
 def serve(options: ServerOptions) -> int:
     """Announce a session, detach, and serve it. Returns the exit status of the process that was started."""
     core_limit = disable_core_dumps()
-    make_cipher = choose_cipher(os.environ.get("MOSH_CRYPTO", ""))
+    make_cipher = choose_cipher()
     use_utf8_locale(os.environ, options.locale)
     network_timeout_s = _seconds_from_environment("MOSH_SERVER_NETWORK_TMOUT")
     signal_timeout_s = _seconds_from_environment("MOSH_SERVER_SIGNAL_TMOUT")
@@ -6481,7 +6439,7 @@ def serve(options: ServerOptions) -> int:
     channel = Channel(make_cipher(key.raw), TO_CLIENT)
     os.register_at_fork(after_in_child=channel.retire)
     del key
-    mtu_bytes = MTU_BYTES[_FAMILY_NAMES[socket.AddressFamily(udp.family)]]
+    mtu_bytes = MTU_BYTES[_FAMILY_NAMES[udp.family]]
     core = ServerCore(channel, now, width=width, height=height, random_bytes=os.urandom, mtu_bytes=mtu_bytes)
     Server(core, udp, child, now, _logger(options.verbose), (network_timeout_s, signal_timeout_s)).run()
     return 0
@@ -6528,7 +6486,7 @@ KEYBOARD_READ_BYTES = 16_384
 LOOKUP_LIMIT_MS = 10_000  # a resolver that has not answered by then gets another chance later
 LOOKUP_LIMIT_BYTES = 16_384
 _CLOSE_SEQUENCES = b"\x1b[?1l\x1b[0m\x1b[?25h" + b"".join(
-    b"\x1b[?%dl" % mode for mode in (1003, 1002, 1001, 1000, 9, 1015, 1006, 1005, 1004, 2004)
+    b"\x1b[?%dl" % mode for mode in (*MOUSE_MODES[::-1], *MOUSE_ENCODINGS[::-1], 1004, 2004)
 )
 _TITLE_TERMINALS = ("xterm", "rxvt", "kterm", "Eterm", "alacritty", "screen", "tmux")
 _KNOWN_TERMINALS = (*_TITLE_TERMINALS, "vt", "linux", "foot", "konsole", "gnome", "st", "wezterm", "ghostty")
@@ -6578,9 +6536,7 @@ class RawTerminal:
         self.enter()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         self.leave()
 
     def enter(self) -> None:
@@ -6622,20 +6578,10 @@ class ClientOptions:
         self.init = True  # switch to the alternate screen
 
 
-class Candidate:
+class Candidate(namedtuple("Candidate", "family sockaddr")):
     """An address the server may have."""
 
-    __slots__ = ("family", "sockaddr")
-
-    def __init__(self, family: int, sockaddr: Address) -> None:
-        self.family = family
-        self.sockaddr = sockaddr
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Candidate) and (self.family, self.sockaddr) == (other.family, other.sockaddr)
-
-    def __hash__(self) -> int:
-        return hash((self.family, self.sockaddr))
+    __slots__ = ()
 
     def __str__(self) -> str:
         try:
@@ -6809,7 +6755,7 @@ class Client:
             readable = [*self._sockets.all, self._signals, *self._network.readable(), *self._lookup.readable()]
             readable += [0] * (self._stdin_open and core.takes_keys)
             deadlines = (core.next_timeout(), self._network.next_timeout(), self._lookup.next_timeout())
-            ready = wait(readable, (), min(at for at in deadlines if at is not None))
+            ready = wait(readable, (), earliest(deadlines))
             now = monotonic_ms()
             for udp in self._sockets.all:
                 if udp in ready:
@@ -6830,8 +6776,7 @@ class Client:
 
     def _follow_network(self, ready: set[Any], now: int) -> None:
         roaming = self._core.roaming
-        targets = [(candidate.family, candidate.sockaddr) for candidate in roaming.candidates]
-        if self._network.changed(targets, ready, now):
+        if self._network.changed(roaming.candidates, ready, now):
             roaming.network_changed(now)
         if roaming.wants_lookup(now):
             self._lookup.start(now)
@@ -6926,7 +6871,7 @@ def run_client(
     options: ClientOptions,
     terminfo: Terminfo,
     make_cipher: Callable[[bytes], Cipher],
-    names: Iterable[str] = (),
+    names: Sequence[str] = (),
     family: int = socket.AF_UNSPEC,
 ) -> int:
     """Run a session in this terminal. Returns the exit status: 0 if both ends agreed that it is over.
@@ -6938,7 +6883,6 @@ def run_client(
     channel = Channel(make_cipher(key.raw), TO_SERVER)
     os.register_at_fork(after_in_child=channel.retire)
     del key
-    names = list(names)
     core = _make_client_core(channel, candidates, port, options, terminfo, named=bool(names))
     client = Client(core, terminal, Lookup(names, port, family), asks=terminfo.title)
     try:
@@ -6991,10 +6935,10 @@ def _make_client_core(
         random_bytes=os.urandom,
         mode=options.mode,
         overwrite=options.overwrite,
-        escape_key=EscapeKey(environment_bytes("MOSH_ESCAPE_KEY")),
+        escape_key=EscapeKey(os.environb.get(b"MOSH_ESCAPE_KEY")),
         title_prefix="" if "MOSH_TITLE_NOPREFIX" in os.environ else TITLE_PREFIX,
         display=Display(ech=terminfo.ech, bce=terminfo.bce, title=terminfo.title, hide_cursor=True),
-        mtu_bytes=min(MTU_BYTES[_FAMILY_NAMES[socket.AddressFamily(family)]] for family in families),
+        mtu_bytes=min(MTU_BYTES[_FAMILY_NAMES[family]] for family in families),
         named=named,
     )
 
@@ -7253,11 +7197,9 @@ class Program:
     def own(cls) -> Program | None:
         """Return the program that is running, None if its source is not there. Raises BootstrapError."""
         try:
-            archive = getattr(globals().get("__loader__"), "archive", None)
-            if archive is None:
+            if _ARCHIVE is None:
                 return cls._from_checkout()
-            get_data = globals()["__loader__"].get_data
-            return cls(get_data(f"{archive}/mosh.py"), get_data(f"{archive}/mosh_widths.py"))
+            return cls(*(_LOADER.get_data(f"{_ARCHIVE}/{name}") for name in ("mosh.py", "mosh_widths.py")))
         except (OSError, ImportError, zlib.error) as error:
             raise BootstrapError(f"cannot read my own program, was it replaced just now? Try again ({error})") from None
 
@@ -7839,7 +7781,7 @@ def _version_text(verbose: bool) -> str:
         return _VERSION_TEXT
     program = Program.own()
     try:
-        chosen = choose_cipher(os.environ.get("MOSH_CRYPTO", ""))(bytes(KEY_BYTES))
+        chosen = choose_cipher()(bytes(KEY_BYTES))
         cipher = chosen.name + (f", unpacked to {chosen.place}" if isinstance(chosen, BundledCipher) else "")
     except BootstrapError as error:
         cipher = f"none: {error}"
@@ -8039,7 +7981,7 @@ def wrapper_main(words: Sequence[str]) -> int:
     login = Login(login_options, terminfo.colors)
     try:
         login.start()
-        make_cipher = choose_cipher(os.environ.get("MOSH_CRYPTO", ""))  # 7 to 90 ms, in which ssh is on its way
+        make_cipher = choose_cipher()  # 7 to 90 ms, in which ssh is on its way
         disable_core_dumps()
         key_text, port, candidates = login.finish()
         if arguments.client:
@@ -8106,7 +8048,7 @@ def _short_options(words: Sequence[str], with_value: str, flags: str) -> Iterato
             yield letter, "" if letter in flags else None
 
 
-def _parse_server(program: str, words: Sequence[str]) -> ServerOptions:
+def _parse_server(words: Sequence[str]) -> ServerOptions:
     """Parse the server's command line as stock does, which goes on after an unknown option. Raises UsageError."""
     options = ServerOptions()
     own = words_of_ours(words)
@@ -8119,7 +8061,7 @@ def _parse_server(program: str, words: Sequence[str]) -> ServerOptions:
         own.pop(0)
     for letter, value in _short_options(own, "@ipcl", "sv"):
         if value is None:
-            _complain(f"unknown option -{letter}", program)
+            _complain(f"unknown option -{letter}", "mosh-server")
         elif letter == "i":
             options.bind_address, options.by_ssh = value, False
         elif letter == "s":
@@ -8128,7 +8070,7 @@ def _parse_server(program: str, words: Sequence[str]) -> ServerOptions:
             try:
                 options.ports = parse_ports(value)
             except UsageError as error:
-                raise UsageError(f"{error}\n{program}: Bad UDP port range ({value})") from None
+                raise UsageError(f"{error}\nmosh-server: Bad UDP port range ({value})") from None
         elif letter == "c":
             if not re.fullmatch(r"-?\d{1,9}", value, re.ASCII):
                 raise UsageError(f"Bad number of colors ({value})")
@@ -8151,21 +8093,14 @@ def _address_from_ssh() -> str:
     if len(words) != 4:
         print("Warning: Could not parse SSH_CONNECTION; binding to any interface.", file=sys.stderr)
         return ""
-    return words[2][len("::ffff:") :] if words[2].startswith("::ffff:") else words[2]
-
-
-def server_main(program: str, words: Sequence[str]) -> int:
-    """Be mosh-server."""
-    return 0 if _asks_for_text(words, program) else serve(_parse_server(program, words))
+    return words[2].removeprefix("::ffff:")
 
 
 # -- the client
 
 
-def client_main(program: str, words: Sequence[str]) -> int:
+def client_main(words: Sequence[str]) -> int:
     """Be mosh-client."""
-    if _asks_for_text(words, program):
-        return 0
     disable_core_dumps()  # first, since the key is here, and a library that is loaded may crash
     operands: list[str] = []
     for letter, value in _short_options(words, "#", "cv"):
@@ -8190,8 +8125,11 @@ def client_main(program: str, words: Sequence[str]) -> int:
         raise UsageError(f"Bad IP address ({host})") from None
     candidates = [Candidate(entry[0], entry[4]) for entry in found]
     terminfo = Terminfo(os.environ.get("TERM", ""))
-    make_cipher = choose_cipher(os.environ.get("MOSH_CRYPTO", ""))
+    make_cipher = choose_cipher()
     return run_client(key, candidates, port, _client_options(None, None, True), terminfo, make_cipher)
+
+
+# -- all of them
 
 
 def _asks_for_text(words: Sequence[str], program: str) -> bool:
@@ -8205,23 +8143,22 @@ def _asks_for_text(words: Sequence[str], program: str) -> bool:
     return False
 
 
-# -- all of them
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program. Returns its exit status; every error has become one clear text."""
     open_standard_descriptors()
     words = list(sys.argv if argv is None else argv)
     program = os.path.basename(words[0])
     words = words[1:]
-    role = program if program in ("mosh-server", "mosh-client") else ""
+    role = program if program in _USAGES else ""
     if not role and words and words[0] in ("server", "client"):
         role = "mosh-" + words.pop(0)
     try:
+        if role and _asks_for_text(words, role):
+            return 0
         if role == "mosh-server":
-            return server_main(role, words)
+            return serve(_parse_server(words))
         if role == "mosh-client":
-            return client_main(role, words)
+            return client_main(words)
         return wrapper_main(words)
     except UsageError as error:
         if role:
@@ -8229,12 +8166,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 1
         print(f"mosh: {error}\n{_USAGE_HINT}", file=sys.stderr)
         return USAGE_ERROR
-    except BootstrapError as error:
+    except MoshError as error:
         print(f"mosh: {printable(str(error))}", file=sys.stderr)  # security: it may quote what the host has said
         return error.status
-    except MoshError as error:
-        print(f"mosh: {printable(str(error))}", file=sys.stderr)
-        return 1
     except OSError as error:
         with contextlib.suppress(OSError):
             print(f"mosh: {error.strerror or error}", file=sys.stderr)

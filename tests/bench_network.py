@@ -32,7 +32,7 @@ from measuring import (
     compared,
     cpu_seconds,
     median,
-    percentile,
+    percentile_95,
     program_line,
     require_peers,
     run_main,
@@ -172,7 +172,7 @@ def measure_keys(rtt_ms: int, effort: Effort, chance: random.Random) -> Results:
     samples = key_latencies(Link(rtt_ms=rtt_ms), "never", effort.keys, effort.lines, chance)
     return {
         f"key to echo, RTT {rtt_ms} ms: median, ms": [median(values) for values in samples],
-        f"key to echo, RTT {rtt_ms} ms: p95, ms": [percentile(values, 0.95) for values in samples],
+        f"key to echo, RTT {rtt_ms} ms: p95, ms": [percentile_95(values) for values in samples],
     }
 
 
@@ -181,7 +181,7 @@ def measure_predicted(effort: Effort, chance: random.Random) -> Results:
     samples = key_latencies(Link(rtt_ms=500), "always", effort.keys, effort.lines, chance)
     return {
         "predicted key, RTT 500 ms: median, ms": [median(values) for values in samples],
-        "predicted key, RTT 500 ms: p95, ms": [percentile(values, 0.95) for values in samples],
+        "predicted key, RTT 500 ms: p95, ms": [percentile_95(values) for values in samples],
         f"predicted key, shown within {PREDICTED_MS:g} ms: share": [
             sum(value <= PREDICTED_MS for value in values) / len(values) for values in samples
         ],

@@ -203,7 +203,7 @@ def opened_session(pair: Pair, home: Path, *, command: Sequence[str], link: Link
 
 
 @contextmanager
-def all_sessions(pairs: Sequence[Pair] = PAIRS, *, command: Sequence[str], link: Link, prediction: str = "never",
+def all_sessions(*, command: Sequence[str], link: Link, prediction: str = "never",
                  ready: str = "ready", **extra: str) -> Iterator[list[Session]]:
     """One session of each pairing, side by side; each has shown the text `ready`. They are ended as a user does it."""
     with tempfile.TemporaryDirectory(prefix="bench-") as home, ExitStack() as resources:
@@ -211,7 +211,7 @@ def all_sessions(pairs: Sequence[Pair] = PAIRS, *, command: Sequence[str], link:
             resources.enter_context(
                 opened_session(pair, Path(home), command=command, link=link, prediction=prediction, **extra)
             )
-            for pair in pairs
+            for pair in PAIRS
         ]
         for one in sessions:
             one.client.wait_for(ready)
@@ -250,10 +250,10 @@ def cpu_seconds(pid: int) -> float:
     return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def percentile(samples: Iterable[float], share: float) -> float:
-    """The sample that this share of all samples does not exceed."""
+def percentile_95(samples: Iterable[float]) -> float:
+    """The sample that 95 % of all samples do not exceed."""
     ordered = sorted(samples)
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+    return ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))]
 
 
 # -- tables ----------------------------------------------------------------------------------------------------

@@ -16,7 +16,6 @@ import socket
 import threading
 import time
 from dataclasses import dataclass, field
-from types import TracebackType
 
 LOOPBACK = "127.0.0.1"
 MAX_DATAGRAM = 65_535
@@ -86,13 +85,13 @@ class Lane:
 class Relay:
     """A link between one client and one server. Use it in a `with` block, or call `close`."""
 
-    def __init__(self, server_port: int, *, server_host: str = LOOPBACK, seed: int = 1, delay_ms: float = 0.0) -> None:
+    def __init__(self, server_port: int, *, seed: int = 1, delay_ms: float) -> None:
         """Start relaying to the server; the client connects to `host` and `port`. `delay_ms` is one way."""
         self.host = LOOPBACK
         self.up = Lane(delay_ms=delay_ms)           # client to server
         self.down = Lane(delay_ms=delay_ms)         # server to client
         self.seed = seed
-        self._server: Address = (server_host, server_port)
+        self._server: Address = (LOOPBACK, server_port)
         self._client: Address | None = None         # the newest source: a client may change its port
         self._chance = random.Random(seed)
         self._serial = 0
@@ -113,9 +112,7 @@ class Relay:
     def __enter__(self) -> Relay:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         self.close()
 
     def close(self) -> None:

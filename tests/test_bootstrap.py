@@ -448,7 +448,7 @@ def test_every_locale_variable_is_passed_on_in_stocks_order() -> None:
 def test_what_a_wrapper_says_a_server_understands() -> None:
     options = _login(["ls", "a b"], ports="60010:60020", bind_server="10.1.2.3")
     words = mosh.server_arguments(options, 256, {"LANG": "de_DE.UTF-8"})
-    understood = mosh._parse_server("mosh-server", words)
+    understood = mosh._parse_server(words)
     assert (understood.colors, understood.ports, understood.bind_address) == (256, (60010, 60020), "10.1.2.3")
     assert (understood.command, understood.locale) == (["ls", "a b"], {"LANG": "de_DE.UTF-8"})
 
@@ -620,7 +620,7 @@ FAILURES: list[tuple[str, int, str]] = [
     (f"{STARTS}echo 'MOSH CONNECT 60001 {KEY}x'", 1, "malformed"),
     (STARTS + 'echo "$t NOSERVER"; exit 127', 127, "no server found on there"),
     ("head -c 9000000 /dev/zero", mosh.OTHER_COMMAND, "prints without end"),
-    ("yes", mosh.OTHER_COMMAND, "prints without end"),
+    ("yes no server here, only a line that goes on and on", mosh.OTHER_COMMAND, "prints without end"),
     ("read line; exec sleep 20", mosh.SILENT_HOST, "nothing for 1 s"),
     ("cat >/dev/null; exec sleep 20", mosh.SILENT_HOST, "nothing for 1 s"),
 ]
@@ -647,6 +647,24 @@ def test_what_outlives_ssh_is_not_waited_for(tmp_path: Path, capfd: pytest.Captu
         assert peers.process_alive(int(pid.read_text()))
     finally:
         peers.end_process(int(pid.read_text()))
+
+
+def test_a_host_that_asks_again_and_again_is_sent_the_program_so_often_and_no_more() -> None:
+    login = mosh.Login(_login(host="there"), 256)
+    login._program = mosh.Program(b"", b"")
+    for now in range(3 * mosh._SENDS_LIMIT):
+        login.announcement.take(f"{login._token} NEED 3.11")
+        login._check_progress(now)
+    assert login._sent_count == mosh._SENDS_LIMIT
+
+
+def test_a_host_of_both_families_wants_a_choice_where_that_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [(family, socket.SOCK_DGRAM, 17, "", (host, 60001))
+             for family, host in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1"))]  # fmt: skip
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_: found)
+    assert [str(each.sockaddr[0]) for each in mosh.resolve("there", 60001, "all")] == ["192.0.2.1", "2001:db8::1"]
+    with pytest.raises(mosh.BootstrapError, match="there has both IPv4 and IPv6 addresses, use --family"):
+        mosh.resolve("there", 60001, "auto")
 
 
 def test_our_proxy_may_lie_in_a_folder_of_any_name(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import pty
+import random
 import signal
 import socket
 import subprocess
@@ -94,6 +96,25 @@ def test_an_unknown_terminal_is_refused(term: str) -> None:
     assert answer.startswith("refused:") and "TERM" in answer
 
 
+@pytest.mark.parametrize(
+    ("environ", "key", "prefix"),
+    [({}, 0x1E, "[mosh] "), ({"MOSH_ESCAPE_KEY": "~", "MOSH_TITLE_NOPREFIX": ""}, ord("~"), "")],
+)
+def test_what_the_environment_says_reaches_the_core(
+    environ: dict[str, str], key: int, prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("MOSH_ESCAPE_KEY", "MOSH_TITLE_NOPREFIX"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    terminfo = object.__new__(mosh.Terminfo)  # asking curses would settle the type of this process's terminal
+    terminfo.ech = terminfo.bce = terminfo.title = True
+    candidates = [mosh.Candidate(socket.AF_INET, (LOOPBACK, 9))]
+    channel = mosh.Channel(mosh.choose_cipher()(bytes(16)), mosh.TO_SERVER)
+    core = mosh._make_client_core(channel, candidates, 9, mosh.ClientOptions(), terminfo, named=False)
+    assert (core._escape_key.key, core._title_prefix) == (key, prefix)
+
+
 # -- raw mode --------------------------------------------------------------------------------------------------
 
 # A program that takes its terminal, says so, and ends in the way that its argument names.
@@ -179,6 +200,69 @@ def test_what_is_no_terminal_is_refused(tmp_path: Path) -> None:
 
 
 # -- sockets ---------------------------------------------------------------------------------------------------
+
+
+class Sockets:
+    """Stands in for mosh.ClientSockets, with what the system answers to a datagram for each candidate."""
+
+    def __init__(self, answers: dict[mosh.Candidate, int]) -> None:
+        self._answers = answers
+        self.sent: list[mosh.Candidate] = []
+
+    def send(self, _data: bytes, candidate: mosh.Candidate) -> None:
+        """See mosh.ClientSockets."""
+        if self._answers.get(candidate):
+            raise OSError(self._answers[candidate], "refused")
+        self.sent.append(candidate)
+
+
+HERE, THERE = (mosh.Candidate(socket.AF_INET, (host, 60001)) for host in ("192.0.2.1", "192.0.2.2"))
+
+
+def _paste_through(sockets: Sockets) -> mosh.Client:
+    """Send the first datagrams of a long paste, by a client that does not know yet which of two addresses answers."""
+    channel = mosh.Channel(mosh.choose_cipher()(bytes(16)), mosh.TO_SERVER)
+    client = mosh.Client.__new__(mosh.Client)
+    client._core = core = mosh.ClientCore(
+        channel, 0, width=80, height=24, candidates=[HERE, THERE], port=60001, random_bytes=os.urandom
+    )
+    client._sockets = sockets  # type: ignore[assignment]
+    core.receive_keys(bytes(random.Random(1).choices(range(0x21, 0x7F), k=20_000)), 0)
+    client._send(0)
+    return client
+
+
+def test_candidates_beside_the_first_get_some_copies() -> None:
+    sockets = Sockets({})
+    _paste_through(sockets)
+    assert [sockets.sent.count(candidate) for candidate in (HERE, THERE)] == [
+        mosh.BURST_DATAGRAMS, mosh.COPY_DATAGRAMS,
+    ]
+
+
+@pytest.mark.parametrize(("number", "mtu_bytes"), [(errno.EMSGSIZE, mosh.FALLBACK_MTU_BYTES), (errno.ENOBUFS, 1_252)])
+def test_what_the_system_finds_too_large_for_any_candidate_is_sent_smaller(number: int, mtu_bytes: int) -> None:
+    assert _paste_through(Sockets({THERE: number}))._core.transport.datagrams.mtu_bytes == mtu_bytes
+
+
+def test_a_candidate_without_a_path_does_not_keep_the_others_from_their_copies() -> None:
+    sockets = Sockets({HERE: errno.ENETUNREACH})
+    core = _paste_through(sockets)._core
+    assert sockets.sent == [THERE] * mosh.COPY_DATAGRAMS
+    assert "sendto" not in core.bar.text(0) and core.roaming.next_timeout() is None  # another one has been reached
+
+
+def test_a_user_is_told_while_no_candidate_can_be_reached() -> None:
+    answers = {HERE: errno.ENETUNREACH, THERE: errno.ENETUNREACH}
+    client = _paste_through(Sockets(answers))
+    core = client._core
+    assert "sendto: refused" in core.bar.text(0) and core.roaming.next_timeout() == mosh.RETRY_MS
+    answers.clear()
+    for at in (mosh.RETRY_MS, 2 * mosh.RETRY_MS):
+        core.transport.hurry(at)
+        client._send(at)
+    at = mosh.RETRY_MS + mosh.MESSAGE_MS
+    assert "sendto" in core.bar.text(at - 1) and "sendto" not in core.bar.text(at)
 
 
 def test_port_hopping_keeps_a_bounded_number_of_old_sockets() -> None:
@@ -467,6 +551,12 @@ def test_a_server_cannot_ask_the_terminal_for_the_clipboard(question: bytes) -> 
     said = [_host_message([b"\x1b]52;c;aGk=\x07"]), _host_message([b"\x1b]52;c;" + question + b"\x07"])]
     assert _drawn(said[:1]).count(b"\x1b]52;") == 1
     assert _drawn(said).count(b"\x1b]52;") == 1
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_a_delete_in_a_title_stays_out_of_the_terminal(number: int) -> None:
+    drawn = _drawn([_host_message([b"\x1b]%d;a\x7fb\x07" % number])])
+    assert b"ab\x07" in drawn and b"\x7f" not in drawn
 
 
 @pytest.mark.parametrize("written", [

@@ -463,7 +463,7 @@ def test_the_client_counts_colours(run: Run, term: str, colors: str) -> None:
 
 
 def _parse(*words: str) -> mosh.ServerOptions:
-    return mosh._parse_server("mosh-server", words)
+    return mosh._parse_server(words)
 
 
 DEFAULT_PORTS = (60001, 60999)

@@ -41,16 +41,17 @@ class Sender:
         self._layer = mosh.DatagramLayer(mosh.Channel(CIPHER, TO_SERVER), 0, is_server=False)
         self._fragmenter = mosh.Fragmenter()
 
-    def type(self, num: int, keys: bytes) -> None:
-        """Deliver state `num`, which adds `keys` to the one before."""
-        self._send(num, mosh.UserStream().with_events(keys).diff_from(mosh.UserStream()))
+    def type(self, num: int, keys: bytes, *, base: int | None = None) -> None:
+        """Deliver state `num`, which adds `keys` to `base` or else to the one before."""
+        self._send(num, mosh.UserStream().with_events(keys).diff_from(mosh.UserStream()), base)
 
     def resize(self, num: int, width: int, height: int) -> None:
         """Deliver state `num`, which adds a new size of the window to the one before."""
         self._send(num, mosh.UserStream().with_events([mosh.Resize(width, height)]).diff_from(mosh.UserStream()))
 
-    def _send(self, num: int, diff: bytes) -> None:
-        instruction = mosh.Instruction(num - 1, num, 0, num - 1, diff)
+    def _send(self, num: int, diff: bytes, base: int | None = None) -> None:
+        base = num - 1 if base is None else base
+        instruction = mosh.Instruction(base, num, 0, base, diff)
         for fragment in self._fragmenter.fragments(instruction, 1_252):
             self._server.receive_datagram(self._layer.seal(fragment.encode(), 0), HOME_ADDRESS, 0)
 
@@ -182,6 +183,32 @@ def test_the_life_of_one_key() -> None:
     assert 50 <= echo_ack.at - (key.at + 4) <= 60 and ack.at - echo.at <= 4 + 100
 
 
+def test_the_answer_that_ends_a_search_is_acknowledged_at_once() -> None:
+    """Until it hears from the client again, the server may not send it much."""
+    client, server = _client(), _server()
+    for datagram in client.datagrams_to_send(now=0):
+        server.receive_datagram(datagram, HOME_ADDRESS, now=20)
+    for datagram in server.datagrams_to_send(now=30):
+        client.receive_datagram(datagram, SERVER_ADDRESS, now=50)
+    assert not client.roaming.searching and client.datagrams_to_send(now=50)
+
+
+def test_keys_that_are_told_again_by_parts_are_read_once() -> None:
+    """A client on a narrow path steps back to a state that holds less."""
+    server = _server()
+    sender = Sender(server)
+    for num, length in ((1, 6), (2, 3), (3, 7)):
+        sender.type(num, b"abcdefg"[:length], base=0)
+    assert server.host_input == b"abcdefg"
+
+
+def test_what_a_program_writes_after_a_resize_finds_the_new_size() -> None:
+    server = _server()
+    Sender(server).resize(1, 100, 30)
+    server.receive_host_output(b"\x1b[30;100Hx", now=1)
+    assert server.screen.lines()[29][99] == "x"
+
+
 # -- escape key
 
 NOT_THE_ESCAPE_KEY = (b"\x03", b"\x04", b"\n", b"\x0c", b"\r", b"\x80", b"ab")
@@ -271,7 +298,8 @@ def test_the_terminals_answer_is_not_typed(cut: int) -> None:
     client = _client()
     client.receive_keys(b"ab" + REPLY[:cut], now=10)
     client.receive_keys(REPLY[cut:] + b"cd", now=20)
-    assert _pressed(client) == b"abcd"
+    client.receive_keys(b"e", now=30)
+    assert _pressed(client) == b"abcde"
 
 
 # the answer, whether frames are put between marks from then on
@@ -413,10 +441,11 @@ def test_a_client_that_leaves_says_why(sim: Simulation, reason: str) -> None:
     assert sim.client.seen.lines[0] == f"mosh: {reason} [To quit: Ctrl-^ .]"
 
 
-def test_the_frame_left_behind_has_neither_bar_nor_prefix(sim: Simulation) -> None:
+@pytest.mark.parametrize("end", ["client", "server"])
+def test_the_frame_left_behind_has_neither_bar_nor_prefix(sim: Simulation, end: str) -> None:
     sim.server.write(b"\x1b]0;work\x07")
     sim.run(ms=500)
-    sim.client.quit()
+    (sim.client if end == "client" else sim.server).quit()
     sim.run(ms=500)
     assert sim.client.terminal.framebuffer.window_title == "[mosh] work"
     sim.client.terminal.feed(sim.client.core.last_frame(sim.now))
@@ -1005,10 +1034,9 @@ def test_a_host_that_answers_from_another_of_its_addresses_is_found_where_it_can
     assert client.roaming.current == address and searching_at < 20_000
 
 
-def _roaming_client(peers: list[tuple[str, int]], *, named: bool = False) -> mosh.ClientCore:
+def _roaming_client(peers: list[tuple[str, int]]) -> mosh.ClientCore:
     return mosh.ClientCore(
         mosh.Channel(CIPHER, TO_SERVER), 0, width=80, height=24, candidates=peers, port=60001, random_bytes=bytes,
-        named=named,
     )
 
 

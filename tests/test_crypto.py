@@ -148,17 +148,21 @@ def test_a_broken_backend_is_found_out(make: Backend, reason: str) -> None:
         mosh.check_cipher(make)
 
 
-def test_a_backend_can_be_chosen_by_name() -> None:
-    assert mosh.choose_cipher("cryptography") is mosh.CryptographyCipher
+def test_a_backend_can_be_chosen_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MOSH_CRYPTO", raising=False)
     assert mosh.choose_cipher() in mosh.CIPHERS
+    monkeypatch.setenv("MOSH_CRYPTO", "libcrypto")
+    assert mosh.choose_cipher() is mosh.LibcryptoCipher
+    monkeypatch.setenv("MOSH_CRYPTO", "rot13")
     with pytest.raises(mosh.BootstrapError, match="cryptography, libcrypto or bundled"):
-        mosh.choose_cipher("rot13")
+        mosh.choose_cipher()
 
 
-def test_only_an_archive_has_a_bundled_backend() -> None:
+def test_only_an_archive_has_a_bundled_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the one in an archive does is in test_build.py."""
+    monkeypatch.setenv("MOSH_CRYPTO", "bundled")
     with pytest.raises(mosh.BootstrapError, match="can hold it, and this is no") as caught:
-        mosh.choose_cipher("bundled")
+        mosh.choose_cipher()
     assert caught.value.status == mosh.NO_CIPHER and "\n" not in str(caught.value)
 
 
@@ -183,8 +187,9 @@ def test_backends_are_tried_in_order_and_every_reason_is_told(monkeypatch: pytes
         "last (in mosh.pyz): nothing kept")
     monkeypatch.setattr(mosh, "CIPHERS", (first, second, _Broken))
     assert mosh.choose_cipher() is _Broken
+    monkeypatch.setenv("MOSH_CRYPTO", "second")
     with pytest.raises(mosh.BootstrapError, match="machine; second "):
-        mosh.choose_cipher("second")
+        mosh.choose_cipher()
 
 
 # -- keys

@@ -215,6 +215,14 @@ def test_each_datagram_is_taken_once_in_any_order_within_a_window(seqs: list[int
         taken |= {seq} if fresh else set()
 
 
+def test_the_oldest_datagram_that_is_taken() -> None:
+    server = _server()
+    server.receive_datagram(_raw(5_000, direction=TO_SERVER), HOME, 0)
+    with pytest.raises(mosh.PacketError, match="replay or far too late"):
+        server.receive_datagram(_raw(5_000 - mosh.REPLAY_WINDOW, direction=TO_SERVER), HOME, 1)
+    server.receive_datagram(_raw(5_001 - mosh.REPLAY_WINDOW, direction=TO_SERVER), HOME, 2)
+
+
 def test_a_replay_changes_nothing() -> None:
     server = _server()
     server.receive_datagram(_raw(7, timestamp=700, direction=TO_SERVER), HOME, now=700)

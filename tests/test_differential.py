@@ -121,8 +121,8 @@ class Streams:
             return str(rng.randint(0, max(self._width, self._height) + 1) if rng.random() < 0.3 else rng.randint(0, 5))
         return rng.choice(("", "0", "1", "255", "256", "65535", "65536", "99999999999999999999", "007"))
 
-    def _parameters(self, most: int = 3) -> str:
-        return ";".join(self._number() for _ in range(self._rng.randint(0, most)))
+    def _parameters(self) -> str:
+        return ";".join(self._number() for _ in range(self._rng.randint(0, 3)))
 
     def _text(self) -> str:
         rng = self._rng

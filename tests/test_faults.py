@@ -94,11 +94,11 @@ def assert_nothing_is_left(home: Path) -> None:
     peers.wait_until(lambda: not relatives(home), LIMIT_SECONDS, f"the end of {relatives(home)}")
 
 
-def assert_idle(pid: int, seconds: float = 1.0) -> None:
-    """A process does not spin."""
+def assert_idle(pid: int) -> None:
+    """A process does not spin, for a second."""
     before = cpu_seconds(pid)
-    peers.pause(seconds)
-    assert (cpu_seconds(pid) - before) / seconds < BUSY_SHARE
+    peers.pause(1.0)
+    assert cpu_seconds(pid) - before < BUSY_SHARE
 
 
 # -- a session and what happens to it --------------------------------------------------------------------------

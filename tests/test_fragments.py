@@ -209,6 +209,16 @@ def test_ids_start_at_one_and_are_never_used_again() -> None:
     assert ids == [1, 2, 3, 4]
 
 
+@pytest.mark.parametrize(("size", "ids"), [(3_000, [1, 1]), (100, [1, 2])])
+def test_what_is_sent_again_in_several_pieces_keeps_its_id_and_a_single_one_does_not(size: int, ids: list[int]) -> None:
+    """Pieces that have arrived still count, though the new try has other chaff."""
+    fragmenter = mosh.Fragmenter()
+    instructions = (mosh.Instruction(1, 2, 3, 4, _incompressible(size), chaff) for chaff in (b"chaff", b""))
+    tries = [fragmenter.fragments_of_retry(instruction, 500) for instruction in instructions]
+    assert [pieces[0].instruction_id for pieces in tries] == ids
+    assert (tries[0][-1].contents == tries[1][-1].contents) == (ids == [1, 1])
+
+
 @pytest.mark.parametrize("diff", [bytes(mosh.INSTRUCTION_LIMIT_BYTES), _incompressible(mosh.INSTRUCTION_LIMIT_BYTES)])
 def test_an_instruction_beyond_the_limit_is_not_sent(diff: bytes) -> None:
     with pytest.raises(mosh.ProtocolError):
@@ -299,6 +309,7 @@ def test_pieces_are_not_collected_without_limit() -> None:
         assert assembly.add(mosh.Fragment(1, num, False, piece)) is None
     with pytest.raises(mosh.PacketError):
         assembly.add(mosh.Fragment(1, 0x7000, False, piece))
+    assert not assembly._pieces
 
 
 UNREADABLE = {"empty": b"", "no zlib": b"no zlib stream", "no fields": mosh.deflate(b"\x0a")}

@@ -291,8 +291,8 @@ def test_characters_of_the_codebooks_own_plane_keep_their_meaning(contents: str)
     assert book.contents(code) == contents and book.contents(decoy) == "e\u0301"
 
 
-def _colors(count: int, start: int = 0) -> Iterator[Rendition]:
-    return (Rendition(foreground=mosh.RGB | n) for n in range(start, start + count))
+def _colors(count: int) -> Iterator[Rendition]:
+    return (Rendition(foreground=mosh.RGB | n) for n in range(count))
 
 
 def _shown(screen: Framebuffer) -> list[tuple[str, tuple[int, int | None, int | None]]]:

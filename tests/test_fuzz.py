@@ -287,7 +287,7 @@ PARSERS: list[tuple[Callable[[str], object], type[mosh.MoshError]]] = [
     (lambda text: mosh._parse_wrapper([text, "host"]), mosh.UsageError),
     (lambda text: mosh._parse_wrapper(["host", *text.split(" ")]), mosh.UsageError),
     (lambda text: mosh._login_options(mosh._parse_wrapper([f"--ssh={text}", "host"])), mosh.UsageError),
-    (lambda text: mosh._parse_server("mosh-server", text.split(" ")), mosh.UsageError),
+    (lambda text: mosh._parse_server(text.split(" ")), mosh.UsageError),
 ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -67,6 +68,23 @@ def _received(udp: mosh.UdpSocket) -> tuple[bytes, mosh.Address, bool] | None:
 
 
 # -- UDP -------------------------------------------------------------------------------------------------------
+
+
+class _Full:
+    """A system's socket whose interface has no room."""
+
+    def sendto(self, *_: object) -> None:
+        """See socket.socket."""
+        raise OSError(errno.ENOBUFS, "No buffer space available")
+
+
+@pytest.mark.parametrize("hears_icmp", [False, True])
+def test_who_hears_icmp_is_told_too_much_when_an_interface_drops_a_datagram(hears_icmp: bool) -> None:
+    udp = mosh.UdpSocket(socket.AF_INET)
+    udp.close()
+    udp._socket, udp._hears_icmp = _Full(), hears_icmp  # type: ignore[assignment]
+    with contextlib.nullcontext() if hears_icmp else pytest.raises(OSError, match="No buffer space"):
+        udp.send(b"x", (peers.LOOPBACK, 9))
 
 
 def test_a_datagram_arrives_with_its_source(ends: tuple[mosh.UdpSocket, mosh.UdpSocket, str]) -> None:
@@ -320,14 +338,6 @@ def test_everything_is_written_even_if_the_reader_is_slow(pair: tuple[socket.soc
 def test_a_reader_that_has_gone_is_no_error(pair: tuple[socket.socket, socket.socket]) -> None:
     pair[1].close()
     mosh.write_all(pair[0].fileno(), b"nobody reads this")
-
-
-@pytest.mark.parametrize(("value", "expected"), [(None, None), ("", b""), ("^", b"^"), ("\udcff", b"\xff")])
-def test_the_environment_as_bytes(value: str | None, expected: bytes | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("MOSH_TEST", raising=False)
-    if value is not None:
-        monkeypatch.setenv("MOSH_TEST", value)
-    assert mosh.environment_bytes("MOSH_TEST") == expected
 
 
 @pytest.mark.parametrize("kind", ["file", "link", "archive"])

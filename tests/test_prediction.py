@@ -47,18 +47,23 @@ class EngineDriver:
         self.engine.apply(self.shown)
 
 
-def test_a_confirmed_epoch_shows_typing_at_once() -> None:
+def _typing_at_a_prompt(mode: str, interval_ms: int, prompt: bytes = b"$ ") -> EngineDriver:
     driver = EngineDriver(
         {
             "cols": 20,
             "rows": 3,
-            "mode": "always",
+            "mode": mode,
             "overwrite": False,
-            "start_send_interval_ms": 50,
-            "start_remote_hex": b"$ ".hex(),
+            "start_send_interval_ms": interval_ms,
+            "start_remote_hex": prompt.hex(),
         }
     )
     driver.draw()
+    return driver
+
+
+def test_a_confirmed_epoch_shows_typing_at_once() -> None:
+    driver = _typing_at_a_prompt("always", 50)
     driver.type(b"l")
     driver.draw()
     assert driver.shown.lines()[0].rstrip() == "$"
@@ -69,6 +74,89 @@ def test_a_confirmed_epoch_shows_typing_at_once() -> None:
     driver.type(b"s")
     driver.draw()
     assert driver.shown.lines()[0].rstrip() == "$ ls"
+
+
+def test_a_tentative_prediction_that_is_wrong_takes_the_cursor_of_its_epoch_along() -> None:
+    driver = _typing_at_a_prompt("always", 50)
+    for sent_num, key in enumerate((b"a", b"b"), 1):
+        driver.type(key)
+        driver.observe(last_sent_num=sent_num)
+    driver.remote.feed(b"*")
+    driver.observe(echo_ack=1)
+    driver.draw()
+    assert [(cursor.row, cursor.col) for cursor in driver.engine.cursors] == [(0, 3)]
+
+
+def test_what_is_predicted_looks_like_what_has_come_of_what_was_typed_before() -> None:
+    driver = _typing_at_a_prompt("always", 50)
+    driver.type(b"ab")
+    driver.observe(last_sent_num=1)
+    driver.type(b"c")
+    driver.remote.feed(b"\x1b[31mab")
+    driver.observe(last_sent_num=2, echo_ack=1)
+    driver.draw()
+    cell = driver.shown.cell(0, 4)
+    assert (cell.contents, cell.rendition.foreground) == ("c", 1)
+
+
+def test_on_a_very_slow_link_letters_are_underlined_and_blanks_are_not() -> None:
+    driver = _typing_at_a_prompt("always", 100)
+    driver.type(b"a")
+    driver.remote.feed(b"a")
+    driver.observe(last_sent_num=1, echo_ack=1)
+    driver.draw()
+    driver.type(b" b")
+    driver.draw()
+    shown = [(cell.contents, cell.rendition.attributes) for cell in (driver.shown.cell(0, col) for col in (2, 3, 4))]
+    assert shown == [("a", 0), (" ", 0), ("b", mosh.UNDERLINED)]
+
+
+def test_what_a_deletion_brings_to_the_right_edge_is_not_predicted() -> None:
+    driver = _typing_at_a_prompt("experimental", 50, b"$ abcdefghijklmnopqr\x1b[1;4H")
+    driver.type(b"\x7f")
+    driver.draw()
+    assert driver.shown.lines()[0] == "$ bcdefghijklmnopq" + "qr"
+
+
+@pytest.mark.parametrize(
+    ("typed", "epochs"), [(b"\x1b[5~", 1), (b"\x1bx", 1), (b"\x01", 1), (b"\x1b]11;rgb:0/0/0\x07", 0), (b"\x7f", 0)]
+)
+def test_what_a_program_may_answer_in_any_way_begins_an_epoch(typed: bytes, epochs: int) -> None:
+    driver = _typing_at_a_prompt("always", 50)
+    before = driver.engine.epoch
+    driver.type(typed)
+    assert driver.engine.epoch == before + epochs
+
+
+def test_what_is_shown_on_a_slow_link_is_not_taken_back_when_it_becomes_fast() -> None:
+    driver = _typing_at_a_prompt("adaptive", 50)
+    driver.type(b"a")
+    driver.observe(send_interval_ms=10)
+    driver.draw()
+    assert driver.engine.shows_slow_link
+    driver.remote.feed(b"a")
+    driver.observe(last_sent_num=1, echo_ack=1)
+    for shows in (True, False):  # what is settled in one look counts in the next
+        driver.draw()
+        assert driver.engine.shows_slow_link == shows
+    assert not driver.engine.is_waiting
+
+
+def test_a_glitch_is_cured_by_quick_echoes_over_some_time_not_by_a_burst_of_them() -> None:
+    driver = _typing_at_a_prompt("adaptive", 10)
+    driver.type(b"a")
+    driver.now += mosh.GLITCH_MS
+    driver.draw()
+    glitches = [driver.engine.glitch]
+    for echo_ack, (key, wait_ms) in enumerate(((b"a", 0), (b"b", 10), (b"c", 10), (b"d", 140)), 1):
+        if key != b"a":
+            driver.type(key)
+        driver.now += wait_ms
+        driver.remote.feed(key)
+        driver.observe(last_sent_num=echo_ack, echo_ack=echo_ack)
+        driver.draw()
+        glitches.append(driver.engine.glitch)
+    assert glitches == [10, 10, 9, 9, 8]
 
 
 WIDE_STEPS = [
@@ -203,17 +291,7 @@ def test_stock_notification_vector(vector: vectors.Vector) -> None:
 def test_a_password_is_never_shown(mode: mosh.PredictionMode) -> None:
     if mode is mosh.PredictionMode.EXPERIMENTAL:
         pytest.skip("experimental mode shows everything at once, by design")
-    driver = EngineDriver(
-        {
-            "cols": 30,
-            "rows": 3,
-            "mode": mode.value,
-            "overwrite": False,
-            "start_send_interval_ms": 250,
-            "start_remote_hex": b"Password: ".hex(),
-        }
-    )
-    driver.draw()
+    driver = _typing_at_a_prompt(mode.value, 250, b"Password: ")
     for i, key in enumerate(b"secret"):
         driver.type(bytes([key]))
         driver.observe(last_sent_num=i + 1)
@@ -232,3 +310,11 @@ def test_an_escape_key_of_the_users_own() -> None:
     assert printable.starts_command(ord("~"), True) and not printable.starts_command(ord("~"), False)
     assert mosh.EscapeKey(b"\x03").key == mosh.DEFAULT_ESCAPE_KEY
     assert mosh.EscapeKey(b"\x01").is_pass_key(ord("a")) and mosh.EscapeKey(b"\x01").is_pass_key(ord("A"))
+
+
+@pytest.mark.parametrize(("heard_at", "acked_at"), [(0, 0), (8_000, 0)])
+def test_the_bar_is_looked_at_as_soon_as_it_has_something_to_say(heard_at: int, acked_at: int) -> None:
+    bar = mosh.NotificationBar(0, "Ctrl-^")
+    bar.last_heard_at, bar.last_acked_at = heard_at, acked_at
+    at = bar.next_timeout(heard_at)
+    assert bar.text(at - 1) == "" != bar.text(at)

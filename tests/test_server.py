@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
@@ -425,6 +426,30 @@ def test_an_idle_session_ends_after_the_time_asked_for(start: Start) -> None:
     wait_until(lambda: not server.alive(), LIMIT_SECONDS, "the server to leave")
 
 
+class _Refusing:
+    """A socket whose datagrams are too large for the path."""
+
+    def send(self, _data: bytes, _address: mosh.Address) -> None:
+        """See mosh.UdpSocket."""
+        raise OSError(errno.EMSGSIZE, "Message too long")
+
+
+def test_what_the_system_finds_too_large_is_sent_smaller() -> None:
+    cipher = mosh.choose_cipher()(bytes(16))
+    client = mosh.ClientCore(
+        mosh.Channel(cipher, mosh.TO_SERVER), 0, width=80, height=24, candidates=["server"], port=1, random_bytes=bytes
+    )
+    server = mosh.Server.__new__(mosh.Server)
+    server._core = mosh.ServerCore(mosh.Channel(cipher, mosh.TO_CLIENT), 0, width=80, height=24, random_bytes=bytes)
+    for datagram in client.datagrams_to_send(0):
+        server._core.receive_datagram(datagram, ("client", 1), 0)
+    lines: list[str] = []
+    server._udp, server._log = _Refusing(), lines.append  # type: ignore[assignment]
+    server._send(100)
+    assert lines == ["sendto: Message too long"]
+    assert server._core.transport.datagrams.mtu_bytes == mosh.FALLBACK_MTU_BYTES
+
+
 # -- its child -------------------------------------------------------------------------------------------------
 
 
@@ -533,6 +558,34 @@ def test_a_script_on_path_that_does_not_say_by_what_to_run_it_is_run_by_sh(start
     server = start(command=(script.name, "all"), PATH=f"{tmp_path}:{os.environ['PATH']}")[1]
     with Session(server) as session:
         session.wait_for("all said")
+
+
+# Be the parent of a program on a pty, where the messages of the day lie in HOME; print what comes.
+BE_ITS_PARENT = """
+import mosh, os
+home = os.environ["HOME"]
+mosh._MOTD_FILES = ((home + "/missing", home + "/first", home + "/second"), (home + "/third",))
+child = mosh.Child(mosh.ServerOptions(), (80, 24), None, [])
+child.release()
+os.set_blocking(child.fd, True)
+try:
+    while chunk := os.read(child.fd, 1000):
+        os.write(1, chunk)
+except OSError:  # the end of a pty
+    pass
+child.close()
+"""
+
+
+@pytest.mark.parametrize("is_hushed", [False, True])
+def test_a_login_shell_begins_with_the_messages_of_the_day_unless_they_are_hushed(home: Path, is_hushed: bool) -> None:
+    for name in ("first", "second", "third", *[".hushlogin"] * is_hushed):
+        (home / name).write_text(f"{name}\n", encoding="ascii")
+    printed = subprocess.run(
+        [sys.executable, "-c", BE_ITS_PARENT], cwd=peers.REPOSITORY, env={"HOME": str(home), "SHELL": "/bin/echo"},
+        capture_output=True, text=True, timeout=LIMIT_SECONDS,
+    )
+    assert (printed.stdout.split(), printed.stderr) == ([] if is_hushed else ["first", "third"], "")
 
 
 def test_the_end_of_the_program_ends_the_session(start: Start) -> None:

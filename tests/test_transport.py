@@ -81,14 +81,15 @@ class Peer:
         self.now = 0
 
     def say(
-        self, old: int, new: int, diff: str = "", *, ack: int = 0, throwaway: int = 0, version: int = 2, lag_ms: int = 0
+        self, old: int, new: int, diff: str = "", *, ack: int = 0, throwaway: int = 0, version: int = 2,
+        lag_ms: int = 0, source: tuple[str, int] = PEER,
     ) -> bytes:
         """Let an instruction arrive at `now`, sent `lag_ms` before. Returns its datagram."""
         instruction = mosh.Instruction(old, new, ack, throwaway, diff.encode())
         instruction.protocol_version = version
         (fragment,) = self._fragmenter.fragments(instruction, 1_252)
         datagram = self._layer.seal(fragment.encode(), self.now - lag_ms)
-        self.transport.receive_datagram(datagram, PEER, self.now)
+        self.transport.receive_datagram(datagram, source, self.now)
         return datagram
 
     def forget_timestamp(self) -> None:
@@ -568,6 +569,14 @@ def test_a_train_that_waited_out_a_suspend_leaves_and_is_not_resent_before_an_ac
     assert at == 500_000 and len(sizes) > 20
 
 
+def test_who_has_moved_does_not_wait_for_a_train_that_nobody_can_receive() -> None:
+    peer = _connected(rtt_ms=400)
+    peer.transport.set_current(Note(NOISE), now=1_000)
+    _sizes(peer, until=1_010)
+    peer.transport.hurry(now=1_011)
+    assert len(peer.transport.datagrams_to_send(now=1_011)) == mosh.BURST_DATAGRAMS
+
+
 def test_a_queue_that_loses_the_same_places_of_each_train_loses_other_pieces() -> None:
     client, server = _transport(), _transport(TO_CLIENT)
     client.set_current(Note(NOISE[:9_000]), now=0)
@@ -597,12 +606,12 @@ class Pasted(Growing):
         return Pasted(super().part_way(base).text)
 
 
-def _hear_of_a_paste(peer: Peer, *, heard: bool = True, ms: int = 3_000) -> list[int]:
+def _hear_of_a_paste(peer: Peer, *, heard: bool = True) -> list[int]:
     """Paste what a path cannot carry at once. Return the lengths of the diffs that come, of which none is acked."""
     peer.transport.set_current(Pasted(NOISE[:40_000]), now=peer.now)
     sizes = []
     for num in range(10, 13):
-        sizes += [len(diff) for *_, diff in peer.listen(until=peer.now + ms // 3)]
+        sizes += [len(diff) for *_, diff in peer.listen(until=peer.now + 1_000)]
         if heard:
             peer.say(1, num, ack=1)
     return sizes
@@ -663,6 +672,16 @@ def test_a_client_that_leaves_does_not_wait_for_what_is_lost() -> None:
     assert peer.listen(until=peer.now + 1_000)[-1][2] == LAST
 
 
+def test_after_an_outage_a_key_does_not_wait_for_the_first_ack() -> None:
+    peer = _connected(rtt_ms=100)
+    peer.transport.set_current(Note("a"), now=1_000)
+    peer.listen(until=60_000)
+    peer.say(1, 2, "", ack=1)
+    assert [each[-1] for each in peer.listen(until=60_001)] == [">a"]
+    peer.transport.set_current(Note("ab"), now=60_001)
+    assert [each[-1] for each in peer.listen(until=60_020)] == [">ab"]
+
+
 def test_an_outage_is_no_narrow_path() -> None:
     peer = _connected(rtt_ms=100)
     peer.now = mosh.OUTAGE_MS
@@ -681,6 +700,45 @@ def test_last_words_may_go_by_parts() -> None:
         assert peer.transport.last_sent_num < LAST
         heard = peer.listen(until=peer.now + 40)[0][-1]
     assert peer.transport.clean and NOISE[:40_000].endswith(heard) and heard
+
+
+def test_by_the_last_number_only_the_whole_goes() -> None:
+    """Nothing could come after a part."""
+    peer = _connected(rtt_ms=400)
+    peer.transport.set_current(Pasted(NOISE[:40_000]), now=peer.now)
+    peer.transport.start_shutdown(peer.now)
+    heard = []
+    for num in range(10, 14):
+        heard += peer.listen(until=peer.now + 1_000)
+        peer.say(1, num, ack=1)
+    assert len(heard) > mosh.PART_TRIES and {(num, len(diff)) for _, _, num, _, _, diff in heard} == {(LAST, 40_000)}
+
+
+def test_what_is_too_much_for_an_address_not_proven_is_tried_once_in_a_timeout() -> None:
+    """A probe goes instead, which proves the address unless it is lost."""
+    server = _transport(TO_CLIENT, connected=False)
+    peer = Peer(server, TO_SERVER)
+    peer.say(0, 1, ">" + NOISE[:20])
+    peer.measure_round_trips(300)
+    peer.listen(until=1_000)
+    peer.say(1, 2, f"{NOISE[:20]}>{NOISE[:500]}", source=ELSEWHERE)
+    server.set_current(Pasted(NOISE[:3_000]), now=1_000)
+    heard = [(at, diff.encode()) for at, *_, diff in peer.listen(until=1_700)]
+    assert heard == [(at, mosh.PROBE_DIFF) for at in (1_001, 1_301, 1_601)]
+
+
+@pytest.mark.parametrize(("source", "answered_at"), [(PEER, 3_000), (ELSEWHERE, 1_100)])
+def test_an_empty_instruction_from_an_address_not_proven_is_acknowledged_soon(
+    source: tuple[str, int], answered_at: int
+) -> None:
+    """What goes there proves the address, sooner or later."""
+    server = _transport(TO_CLIENT, connected=False)
+    peer = Peer(server, TO_SERVER)
+    peer.say(0, 1, ">a")
+    peer.measure_round_trips(300)
+    peer.listen(until=1_000)
+    peer.say(1, 2, "", ack=1, source=source)
+    assert [at for at, *_ in peer.listen(until=3_500)][:1] == [answered_at]
 
 
 def test_a_padded_heartbeat_probes_for_large_datagrams() -> None:
@@ -740,8 +798,8 @@ def test_nothing_changes_when_a_change_is_taken_back_in_time() -> None:
 class Marked(Note):
     """A note with a mark, which makes it another one or is in its diffs."""
 
-    def __init__(self, text: str = "", mark: str = "", *, differs: bool = True) -> None:
-        super().__init__(text)
+    def __init__(self, mark: str, *, differs: bool = True) -> None:
+        super().__init__()
         self.mark = mark
         self._differs = differs
 
@@ -764,7 +822,7 @@ def test_what_no_diff_can_tell_is_not_told_and_not_tried_again(ack_is_due: bool)
     if ack_is_due:
         peer.transport.hurry(peer.now)
     for mark in ("one", "two"):
-        peer.transport.set_current(Marked("", mark), now=peer.now)
+        peer.transport.set_current(Marked(mark), now=peer.now)
         heard = peer.listen(until=peer.now + 500)  # which sees to it that there are pauses
         assert [diff for *_, diff in heard] == [""] * ack_is_due
 
@@ -772,7 +830,7 @@ def test_what_no_diff_can_tell_is_not_told_and_not_tried_again(ack_is_due: bool)
 def test_a_diff_between_states_that_are_alike_waits_for_a_heartbeat_and_has_a_number_of_its_own() -> None:
     """A diff from a state to itself would be taken for a repeat: the peer would have no heartbeat at all."""
     peer = _connected(rtt_ms=40)
-    peer.transport.set_current(Marked("", "icon", differs=False), now=1_000)
+    peer.transport.set_current(Marked("icon", differs=False), now=1_000)
     (heartbeat,) = peer.listen(until=3_500)
     assert heartbeat[2] == heartbeat[1] + 1 and heartbeat[-1] == ">icon"
 

@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
 from peers import end_process, pause, process_alive, wait_until
 
@@ -24,7 +23,7 @@ COMMAND_SECONDS = 20.0      # tmux itself answers within this
 
 _CONFIG = """\
 set -g status off
-set -g default-terminal {term}
+set -g default-terminal xterm-256color
 set -g remain-on-exit on
 set -g remain-on-exit-format ""
 set -g update-environment ""
@@ -90,9 +89,7 @@ class Terminal:
         command: Sequence[str],
         *,
         env: Mapping[str, str],
-        width: int = 80,
         height: int = 24,
-        term: str = "xterm-256color",
         cwd: Path | None = None,
     ) -> None:
         """Start the command. `env` is its whole environment, to which tmux adds TERM."""
@@ -101,12 +98,12 @@ class Terminal:
         self._last: Snapshot | None = None
         try:
             config = self._directory / "tmux.conf"
-            config.write_text(_CONFIG.format(term=term), encoding="utf-8")
+            config.write_text(_CONFIG, encoding="utf-8")
             stub = self._directory / "stub"
             stub.write_text(_STUB, encoding="utf-8")
             self._env = {**env, "NOTES": str(self._directory)}
             self._tmux(
-                "-f", str(config), "new-session", "-d", "-s", "main", "-x", str(width), "-y", str(height),
+                "-f", str(config), "new-session", "-d", "-s", "main", "-x", "80", "-y", str(height),
                 "/bin/sh", str(stub), str(cwd or self._directory), *command,
             )
             self._tmux_pid = int(self._tmux("display-message", "-p", "#{pid}"))
@@ -117,9 +114,7 @@ class Terminal:
     def __enter__(self) -> Terminal:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -176,10 +171,6 @@ class Terminal:
     def screen(self) -> list[str]:
         """The rows as text, trailing blanks removed."""
         return list(self.snapshot().rows)
-
-    def screen_with_colors(self) -> list[str]:
-        """The rows with renditions written out, as in `Snapshot.colored_rows`."""
-        return list(self.snapshot().colored_rows)
 
     def cursor(self) -> tuple[int, int]:
         """The cursor's (row, col)."""
