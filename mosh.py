@@ -506,9 +506,9 @@ class Channel:
 # ======================================================================================================================
 # == 5. Datagram -- sequence and direction, timestamps, RTT and RTO, whom to answer (roaming)
 # ======================================================================================================================
-# Each datagram carries the sender's clock and echoes the newest clock value heard, less the time it was held here, so
-# both ends measure the round trip with every exchange and an end that merely thinks before it answers looks no
-# further away. Only the newest datagram so far may touch a clock or an address: an old one, delayed, still hands its
+# Each datagram carries the sender's clock and echoes the newest clock value heard, moved on by the time it was held
+# here, so both ends measure the round trip with every exchange and an end that merely thinks before it answers looks
+# no further away. Only the newest datagram so far may touch a clock or an address: an old one, delayed, still hands its
 # contents up (they are idempotent), but cannot mislead about who or how far the peer is. One that has been here before
 # is dropped, or somebody who repeats fragments of old instructions could keep new ones from ever becoming complete.
 #
@@ -1340,7 +1340,7 @@ class Sender(Generic[Local]):
         self._heard_at = now
         if now - self.sent[-1].at >= self._round_trip.rto_ms:
             self.resend()
-            self._unacked_since = self._unacked_since and now  # it can be reached again: what follows need not wait
+            self._unacked_since = None if self._unacked_since is None else now  # it can be reached again: what follows need not wait
             self.data_ack_due = self.data_ack_due or bool(instruction.diff)  # it may be a repeat: our ack was lost
         heartbeat = unprompted and not instruction.diff and now - self.sent[-1].at >= FOLLOW_MS
         if heartbeat and self.is_idle and self.current == self.sent[0].state:
