@@ -2441,6 +2441,9 @@ def _append(out: list[str], piece: str, is_text: bool = False) -> None:
 #   erasing          takes the background of the pen along (back colour erase)
 #   wide characters  halves are never repaired: overwriting the right one leaves the left one wide
 #   absent           alternate screens, character sets, REP, CNL, CPL, HPR, VPR: swallowed without effect
+#
+# One thing is understood that stock mosh ignores, and that no diff contains: a program may name the clipboard along
+# with other selections, or leave out the name, as tmux does. The diff says "52;c;" all the same.
 
 TITLE_LIMIT = 256  # characters of an OSC title, its number included
 ANSWERS_LIMIT_BYTES = 1 << 14  # to what one feed asks; joining the answers to 4 MB of questions would take hours
@@ -3092,8 +3095,10 @@ class Emulator:
     def osc(self, text: str) -> None:
         """Set icon name, window title or clipboard. Source: xterm's control sequences, OSC 0, 1, 2 and 52."""
         framebuffer = self.framebuffer
-        if text.startswith(_CLIPBOARD):
-            framebuffer.clipboard = text[len(_CLIPBOARD) :]
+        if text.startswith("52;"):
+            selection, separator, contents = text[3:].partition(";")
+            if separator and (not selection or "c" in selection):
+                framebuffer.clipboard = contents
             return
         kind, separator, title = text[:TITLE_LIMIT].partition(";")
         if not separator or kind not in ("", "0", "1", "2"):
