@@ -2092,7 +2092,7 @@ class Framebuffer:
     _VISIBLE = (
         *("rows", "window_title", "clipboard", "bell_count", "width", "height", "cursor_row", "cursor_col"),
         *("cursor_visible", "reverse_video", "pen", "bracketed_paste", "mouse_mode", "mouse_encoding"),
-        *("focus_events", "alternate_scroll"),
+        *("focus_events", "alternate_scroll", "copy_count"),
     )
 
     def __init__(self, width: int, height: int, codebook: Codebook) -> None:
@@ -2101,12 +2101,13 @@ class Framebuffer:
         self.icon_name = ""
         self.title_was_set = False
         self.bell_count = 0
+        self.copy_count = 0  # how often the clipboard was set; once more counts: the user may have copied elsewhere
         self.width = width
         self.height = height
         self.reset()
 
     def reset(self) -> None:
-        """Bring everything but size, icon name, bell count and title-was-set to its initial state (RIS)."""
+        """Bring everything but size, icon name, title-was-set and the counts to its initial state (RIS)."""
         self.pen = Codebook.DEFAULT
         self.rows = [Row("", "", Codebook.DEFAULT)] * self.height
         self.cursor_row = self.cursor_col = 0
@@ -3099,6 +3100,7 @@ class Emulator:
             selection, separator, contents = text[3:].partition(";")
             if separator and (not selection or "c" in selection):
                 framebuffer.clipboard = contents
+                framebuffer.copy_count += 1
             return
         kind, separator, title = text[:TITLE_LIMIT].partition(";")
         if not separator or kind not in ("", "0", "1", "2"):
@@ -3348,7 +3350,7 @@ class _FrameWriter:
                 out.append(f"\x1b]0;{new.window_title}\x07")
             else:
                 out.append(f"\x1b]1;{new.icon_name}\x07\x1b]2;{new.window_title}\x07")
-        if last.clipboard != new.clipboard:
+        if last.clipboard != new.clipboard or last.copy_count < new.copy_count:
             out.append(f"\x1b]{_CLIPBOARD}{new.clipboard}\x07")
         if not self._modes_known or last.reverse_video != new.reverse_video:
             out.append(_mode(5, new.reverse_video))
@@ -4571,7 +4573,8 @@ _CLIPBOARD_CONTENTS = lazy_pattern(r"[A-Za-z0-9+/]*=*")  # base64
 def disarm(screen: Framebuffer, shown: Framebuffer) -> None:
     """Take back on `screen` what would make the user's terminal do more than show it; `shown` was drawn last."""
     if not _CLIPBOARD_CONTENTS.fullmatch(screen.clipboard):
-        screen.clipboard = shown.clipboard  # security: to "?" a terminal answers with the clipboard, as if typed
+        # security: to "?" a terminal answers with the clipboard, as if typed
+        screen.clipboard, screen.copy_count = shown.clipboard, shown.copy_count
     screen.icon_name = screen.icon_name.replace("\x7f", "")
     screen.window_title = screen.window_title.replace("\x7f", "")
 

@@ -172,6 +172,20 @@ def test_what_is_copied_reaches_the_clipboard_however_a_program_names_it(selecti
     assert diff == (b"\x1b]52;c;aGVsbG8=\x07" if is_clipboard else b"")
 
 
+def test_what_is_copied_again_is_told_again() -> None:
+    """The user may have copied something else on the own machine meanwhile."""
+    terminal = mosh.Emulator(20, 3)
+    terminal.feed(b"\x1b]52;c;aGk=\x07")
+    before = terminal.copy()
+    terminal.feed(b"\x1b]52;c;aGk=\x07")
+    diff = mosh.Display().frame(before.framebuffer, terminal.framebuffer)
+    assert diff == b"\x1b]52;c;aGk=\x07" and terminal.framebuffer != before.framebuffer
+    receiver = before.copy()
+    receiver.feed(diff)
+    assert mosh.Display().frame(before.framebuffer, receiver.framebuffer) == diff
+    assert mosh.Display().frame(terminal.framebuffer, before.framebuffer) == b""     # an older screen copies nothing
+
+
 def test_an_endless_title_is_cut() -> None:
     terminal = mosh.Emulator(10, 3)
     terminal.feed(b"\x1b]2;" + b"x" * 1_000_000 + b"\x07ok")
