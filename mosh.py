@@ -3970,9 +3970,10 @@ class CursorKeyFilter:
 # cursor is and judges each prediction by the screen once the echo ack says that the screen has had time to show it.
 #
 # Predictions come in epochs. A new epoch starts hidden ("tentative") whenever the program may do something else than
-# echo: after Return, a control key, an escape sequence. The first prediction of an epoch that is confirmed makes the
-# epoch and all that was predicted in it visible. So a password, never echoed, is never shown, and a full-screen program
-# costs at most one round trip before its typing is instant too. One visible prediction that is wrong drops everything.
+# echo: after Return, a control key, an escape sequence, a step beyond the edge. The first prediction of an epoch that
+# is confirmed makes the epoch and all that was predicted in it visible. So a password, never echoed, is never shown,
+# and a full-screen program costs at most one round trip before its typing is instant too. One visible prediction that
+# is wrong drops everything.
 #
 # A prediction is made on the newest screen with those before it, and judged by the server's bare screen.
 
@@ -4342,6 +4343,8 @@ class PredictionEngine:
             col = min(cursor.col + step, self._screen.width - 1)
             if col != cursor.col:
                 self._touch(col)
+            else:  # a shell's long line goes on in another row; stock takes the key for one without effect
+                self._become_tentative()
         elif not function.startswith("\x1b]"):
             self._become_tentative()
             if function == "\r":
@@ -4380,6 +4383,7 @@ class PredictionEngine:
         cells = self._row_cells(row)
         columns = self._columns_before(cursor)
         if not columns:
+            self._become_tentative()  # as for an arrow at the edge
             return
         self._touch(cursor.col - columns)
         if self.overwrite:
