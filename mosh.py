@@ -2119,7 +2119,7 @@ class Framebuffer:
     _VISIBLE = (
         *("rows", "window_title", "clipboard", "bell_count", "width", "height", "cursor_row", "cursor_col"),
         *("cursor_visible", "reverse_video", "pen", "bracketed_paste", "mouse_mode", "mouse_encoding"),
-        *("focus_events", "alternate_scroll"),
+        *("focus_events", "alternate_scroll", "copy_count"),
     )
 
     def __init__(self, width: int, height: int, codebook: Codebook) -> None:
@@ -2128,12 +2128,13 @@ class Framebuffer:
         self.icon_name = ""
         self.title_was_set = False
         self.bell_count = 0
+        self.copy_count = 0  # how often the clipboard was set; once more counts: the user may have copied elsewhere
         self.width = width
         self.height = height
         self.reset()
 
     def reset(self) -> None:
-        """Bring everything but size, icon name, bell count and title-was-set to its initial state (RIS)."""
+        """Bring everything but size, icon name, title-was-set and the counts to its initial state (RIS)."""
         self.pen = Codebook.DEFAULT
         self.rows = [Row("", "", Codebook.DEFAULT)] * self.height
         self.cursor_row = self.cursor_col = 0
@@ -2468,6 +2469,9 @@ def _append(out: list[str], piece: str, is_text: bool = False) -> None:
 #   erasing          takes the background of the pen along (back colour erase)
 #   wide characters  halves are never repaired: overwriting the right one leaves the left one wide
 #   absent           alternate screens, character sets, REP, CNL, CPL, HPR, VPR: swallowed without effect
+#
+# One thing is understood that stock mosh ignores, and that no diff contains: a program may name the clipboard along
+# with other selections, or leave out the name, as tmux does. The diff says "52;c;" all the same.
 
 TITLE_LIMIT = 256  # characters of an OSC title, its number included
 ANSWERS_LIMIT_BYTES = 1 << 14  # to what one feed asks; joining the answers to 4 MB of questions would take hours
@@ -3107,8 +3111,11 @@ class Emulator:
     def osc(self, text: str) -> None:
         """Set icon name, window title or clipboard. Source: xterm's control sequences, OSC 0, 1, 2 and 52."""
         framebuffer = self.framebuffer
-        if text.startswith(_CLIPBOARD):
-            framebuffer.clipboard = text[len(_CLIPBOARD) :]
+        if text.startswith("52;"):
+            selection, separator, contents = text[3:].partition(";")
+            if separator and (not selection or "c" in selection):
+                framebuffer.clipboard = contents
+                framebuffer.copy_count += 1
             return
         kind, separator, title = text[:TITLE_LIMIT].partition(";")
         if not separator or kind not in ("", "0", "1", "2"):
@@ -3358,7 +3365,7 @@ class _FrameWriter:
                 out.append(f"\x1b]0;{new.window_title}\x07")
             else:
                 out.append(f"\x1b]1;{new.icon_name}\x07\x1b]2;{new.window_title}\x07")
-        if last.clipboard != new.clipboard:
+        if last.clipboard != new.clipboard or last.copy_count < new.copy_count:
             out.append(f"\x1b]{_CLIPBOARD}{new.clipboard}\x07")
         if not self._modes_known or last.reverse_video != new.reverse_video:
             out.append(_mode(5, new.reverse_video))
@@ -3973,9 +3980,10 @@ class CursorKeyFilter:
 # cursor is and judges each prediction by the screen once the echo ack says that the screen has had time to show it.
 #
 # Predictions come in epochs. A new epoch starts hidden ("tentative") whenever the program may do something else than
-# echo: after Return, a control key, an escape sequence. The first prediction of an epoch that is confirmed makes the
-# epoch and all that was predicted in it visible. So a password, never echoed, is never shown, and a full-screen program
-# costs at most one round trip before its typing is instant too. One visible prediction that is wrong drops everything.
+# echo: after Return, a control key, an escape sequence, a step beyond the edge. The first prediction of an epoch that
+# is confirmed makes the epoch and all that was predicted in it visible. So a password, never echoed, is never shown,
+# and a full-screen program costs at most one round trip before its typing is instant too. One visible prediction that
+# is wrong drops everything.
 #
 # A prediction is made on the newest screen with those before it, and judged by the server's bare screen.
 
@@ -4341,6 +4349,8 @@ class PredictionEngine:
             col = min(cursor.col + step, self._screen.width - 1)
             if col != cursor.col:
                 self._touch(col)
+            else:  # a shell's long line goes on in another row; stock takes the key for one without effect
+                self._become_tentative()
         elif not function.startswith("\x1b]"):
             self._become_tentative()
             if function == "\r":
@@ -4379,6 +4389,7 @@ class PredictionEngine:
         cells = self._row_cells(row)
         columns = self._columns_before(cursor)
         if not columns:
+            self._become_tentative()  # as for an arrow at the edge
             return
         self._touch(cursor.col - columns)
         if self.overwrite:
@@ -4567,7 +4578,8 @@ _CLIPBOARD_CONTENTS = lazy_pattern(r"[A-Za-z0-9+/]*=*")  # base64
 def disarm(screen: Framebuffer, shown: Framebuffer) -> None:
     """Take back on `screen` what would make the user's terminal do more than show it; `shown` was drawn last."""
     if not _CLIPBOARD_CONTENTS.fullmatch(screen.clipboard):
-        screen.clipboard = shown.clipboard  # security: to "?" a terminal answers with the clipboard, as if typed
+        # security: to "?" a terminal answers with the clipboard, as if typed
+        screen.clipboard, screen.copy_count = shown.clipboard, shown.copy_count
     screen.icon_name = screen.icon_name.replace("\x7f", "")
     screen.window_title = screen.window_title.replace("\x7f", "")
 

@@ -207,7 +207,7 @@ CHANGES: dict[str, Any] = {
     "rows": [Row("x", "\0", "\0"), Row("", "", "\0")], "window_title": "t", "clipboard": "c", "bell_count": 1,
     "width": 7, "height": 3, "cursor_row": 1, "cursor_col": 1, "cursor_visible": False, "reverse_video": True,
     "pen": "\1", "bracketed_paste": True, "mouse_mode": 1000, "mouse_encoding": 1006, "focus_events": True,
-    "alternate_scroll": True,
+    "alternate_scroll": True, "copy_count": 1,
 }  # fmt: skip
 
 
