@@ -957,7 +957,9 @@ class FragmentAssembly:
 # The fragments of a large instruction would be lost together if they met a policer's bucket at once. Those beyond
 # BURST_DATAGRAMS are spread over the frame interval, each sealed when it leaves. What comes up meanwhile waits for the
 # last one: it would have had to wait for that interval anyway, and a new instruction would make the peer drop the
-# pieces it has, so under steady output none would ever be whole.
+# pieces it has, so under steady output none would ever be whole. A train that is not acknowledged may have met such a
+# bucket all the same: the next one goes at half the speed, down to what a policer of 64 kbit/s lets through, and each
+# ack doubles it. On a path that is lossy, going slowly is no cure.
 #
 # Repeating. An ack may take an RTO, which covers the way, and ACK_DELAY_MS, which the peer may wait for data to carry
 # it; then what was sent is taken for lost and sent again, and after that once per RTO. Four things change this:
@@ -1000,6 +1002,11 @@ FRAME_DEBT_BYTES = 500  # what an instruction costs at least, unless its diff is
 SMALL_DIFF_BYTES = 64  # keys, an echo, an echo ack
 
 BURST_DATAGRAMS = 10  # of one instruction, sent at once; the rest is spread over the frame interval
+LONG_TRAIN_BYTES = 3_000  # the fragments of an instruction, if they are lost, can be slowed down from this size on:
+TRAIN_BYTES_PER_S = 128_000  # to this speed, halved with every further loss
+TRAIN_SLOWEST = 5  # how often at most
+TRAIN_SLOWEST_LOSSY = 2
+LONGEST_TRAIN_MS = 6_000  # nothing else can be sent meanwhile
 PROBE_OVERHEAD_BYTES = DATAGRAM_OVERHEAD_BYTES + FRAGMENT_HEADER.size + 13  # 13: of zlib, and for the chaff's length
 
 SHUTDOWN_TRIES = 16
@@ -1039,8 +1046,8 @@ class State(Protocol):
     def part_way(self: Local, base: Local) -> Local:
         """Return a state about half as far from `base` as this one, or this one if there is none."""
 
-    def forget_before(self, base: Any) -> None:
-        """Everything before `base` has arrived: no diff will start from an earlier state."""
+    def forget_before(self, bases: Sequence[Any]) -> None:
+        """No diff will start from a state earlier than all of `bases`, of which later ones may hold less: parts."""
 
 
 class NumberedState(Generic[Local]):
@@ -1103,7 +1110,7 @@ class Sender(Generic[Local]):
         last = self.sent[-1]
         part_waits = last is self._part and last is not self.sent[0]
         self._assumed = self.sent[0] if self.hurried or part_waits else self._assume(now)
-        self.current.forget_before(self.sent[0].state)
+        self.current.forget_before([entry.state for entry in self.sent])
         if self.data_ack_due:
             self._next_ack_at = min(self._next_ack_at, now + ACK_DELAY_MS)
         if self.current != last.state and not part_waits:
@@ -1139,6 +1146,15 @@ class Sender(Generic[Local]):
         """How long an ack may take."""
         return self._round_trip.rto_ms + ACK_DELAY_MS
 
+    @property
+    def _is_lossy(self) -> bool:
+        """Whether the path loses datagrams, whatever their size."""
+        return self._arrivals.lost_count >= LOSSY_COUNT
+
+    def judge_train(self, speed: TrainSpeed, now: int) -> None:
+        """Let `speed` know what is known of the path."""
+        speed.update(now, self.patience_ms, now - self._heard_at, lossy=self._is_lossy)
+
     def _interval_ms(self, sent_at: int) -> int:
         """Return the frame interval after an instruction sent at `sent_at`, stretched while nothing is acknowledged."""
         waited_ms = 0 if self._unacked_since is None else sent_at - self._unacked_since - self.patience_ms
@@ -1149,7 +1165,7 @@ class Sender(Generic[Local]):
         interval = self._interval_ms(sent_at)
         if not self._round_trip.measured:
             return interval
-        lossy = self._arrivals.lost_count >= LOSSY_COUNT
+        lossy = self._is_lossy
         if self._last_diff_bytes <= QUICK_DIFF_BYTES:
             if lossy and self._copies < LOSSY_COPIES:
                 return clamp(self._round_trip.srtt_ms / 8, LOSSY_COPY_MS)
@@ -1366,8 +1382,41 @@ class Receiver(Generic[Remote]):
         at = bisect.bisect([entry.num for entry in kept], instruction.new_num)
         kept.insert(at, NumberedState(instruction.new_num, now, state))
         self.states = kept
-        state.forget_before(kept[0].state)
+        state.forget_before([entry.state for entry in kept])
         return at == len(kept) - 1
+
+
+class TrainSpeed:
+    """How fast the fragments of a large instruction may follow each other, judged by what is acknowledged."""
+
+    def __init__(self) -> None:
+        self._losses = 0  # in a row, less one for each ack: how often the speed has been halved
+        self._num: int | None = None  # the state that a long train carried which is not acknowledged
+        self._left_at = 0
+
+    def left(self, num: int, size: int, now: int) -> None:
+        """The last of `size` bytes that carry state `num` has left."""
+        if size >= LONG_TRAIN_BYTES and self._num is None:
+            self._num, self._left_at = num, now
+
+    def acknowledged(self, num: int) -> None:
+        """The peer has state `num`."""
+        if self._num is not None and num >= self._num:
+            self._num, self._losses = None, max(0, self._losses - 1)
+
+    def update(self, now: int, patience_ms: int, silent_ms: int, *, lossy: bool) -> None:
+        """Take the train for lost if `patience_ms` has brought no ack, unless nothing at all gets through."""
+        if silent_ms > OUTAGE_MS:
+            self._losses, self._num = 0, None
+        elif self._num is not None and now - self._left_at >= patience_ms:
+            slowest = TRAIN_SLOWEST_LOSSY if lossy else TRAIN_SLOWEST
+            self._losses, self._num = min(self._losses + 1, slowest), None
+
+    def spread_ms(self, size: int) -> int:
+        """Return how long a train of `size` bytes should take at least."""
+        if size < LONG_TRAIN_BYTES:
+            return 0
+        return min(LONGEST_TRAIN_MS, (size * 1_000 << self._losses) // TRAIN_BYTES_PER_S) if self._losses else 0
 
 
 class Phase(Enum):
@@ -1404,6 +1453,9 @@ class Transport(Generic[Local, Remote]):
         self._train: deque[tuple[int, Fragment]] = deque()  # (due at, fragment) of the instruction being sent
         self._train_mtu_bytes = datagrams.mtu_bytes  # what it was cut for
         self._train_ack_num = 0  # what it acknowledges
+        self._train_num = 0  # the state that it leads to
+        self._train_bytes = 0
+        self._train_speed = TrainSpeed()
         self._proof_num = 0  # the first state sent to the peer's present address: its ack proves the address
 
     # -- bytes in
@@ -1432,6 +1484,9 @@ class Transport(Generic[Local, Remote]):
         sender = self.sender
         sender.process_ack(instruction.ack_num, now)
         self.datagrams.mtu.acknowledged(instruction.ack_num, now)
+        self._train_speed.acknowledged(instruction.ack_num)
+        if self._train and sender.sent[0].num >= self._train_num:
+            self._train.clear()  # an earlier copy of it has arrived as a whole
         self.datagrams.last_round_trip_at = sender.sent[0].at
         if self.datagrams.allowance_bytes is not None and instruction.ack_num >= self._proof_num:
             self.datagrams.address_proven()
@@ -1466,6 +1521,7 @@ class Transport(Generic[Local, Remote]):
             out.append(self.datagrams.seal(self._train.popleft()[1].encode(), now))
         if out and not self._train:
             self.sender.train_left(now)
+            self._train_speed.left(self._train_num, self._train_bytes, now)
         self.stats["sent"] += len(out)
         self.stats["bytes_sent"] += sum(map(len, out))
         self.sender.update_timers(now)
@@ -1499,10 +1555,14 @@ class Transport(Generic[Local, Remote]):
             mtu.instruction_sent(instruction.new_num, max(sizes), now)
         self.sender.charge(instruction.diff, sum(sizes), now)
         self._train_mtu_bytes, self._train_ack_num = mtu.bytes, instruction.ack_num
-        late = max(1, len(fragments) - BURST_DATAGRAMS + 1)
-        interval = self.datagrams.round_trip.frame_interval_ms
+        self._train_num, self._train_bytes = instruction.new_num, sum(sizes)
+        self.sender.judge_train(self._train_speed, now)
+        slow_ms = self._train_speed.spread_ms(self._train_bytes)
+        burst = 1 if slow_ms else BURST_DATAGRAMS
+        interval = max(slow_ms, self.datagrams.round_trip.frame_interval_ms)
+        late = max(1, len(fragments) - burst + 1)
         self._train.extend(
-            (now + max(0, i - BURST_DATAGRAMS + 1) * interval // late, fragment) for i, fragment in enumerate(fragments)
+            (now + max(0, i - burst + 1) * interval // late, fragment) for i, fragment in enumerate(fragments)
         )
 
     # -- timers
@@ -3839,12 +3899,12 @@ class UserStream:
         """See State."""
         return UserStream(self._log, (self.length + base.length + 1) // 2)
 
-    def forget_before(self, base: UserStream) -> None:
+    def forget_before(self, bases: Sequence[UserStream]) -> None:
         """See State."""
-        log = self._log
-        if base.length > log.start:
-            del log.events[: base.length - log.start]
-            log.start = base.length
+        log, start = self._log, min(base.length for base in bases)
+        if start > log.start:
+            del log.events[: start - log.start]
+            log.start = start
 
 
 _WIRE = Display()  # the peer's emulator can do everything, and nobody watches it draw
@@ -3932,7 +3992,7 @@ class TerminalState:
             rows[row] = old_rows[row]
         return new
 
-    def forget_before(self, base: TerminalState) -> None:
+    def forget_before(self, bases: Sequence[TerminalState]) -> None:
         """See State; a screen has no history."""
 
 

@@ -792,7 +792,7 @@ class StockSender(mosh.Sender[Any]):
     def update_timers(self, now: int) -> None:
         """Work out when to send: one instruction per frame interval, and the same rate for what is resent."""
         self._assumed = self._assume(now)
-        self.current.forget_before(self.sent[0].state)
+        self.current.forget_before([entry.state for entry in self.sent])
         if self.data_ack_due:
             self._next_ack_at = min(self._next_ack_at, now + mosh.ACK_DELAY_MS)
         last, interval = self.sent[-1], self._round_trip.frame_interval_ms

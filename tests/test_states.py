@@ -106,9 +106,9 @@ def test_forgetting_what_has_arrived_changes_no_later_diff(first: list[Event], s
     a = base.with_events(first[known:])
     b = a.with_events(second)
     expected = b.diff_from(a), b.diff_from(base)
-    b.forget_before(base)
+    b.forget_before([base])
     assert (b.diff_from(a), b.diff_from(base)) == expected
-    b.forget_before(a)
+    b.forget_before([a])
     assert b.diff_from(a) == expected[0]
 
 
@@ -193,7 +193,7 @@ def test_the_backlog_is_what_the_peer_may_lack() -> None:
     base = _stream(*b"abc")
     stream = base.with_events(b"de")
     assert stream.backlog == 5
-    stream.forget_before(base)
+    stream.forget_before([base])
     assert stream.backlog == 2
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import pytest
@@ -50,8 +50,8 @@ class Note:
     def part_way(self, base: Note) -> Note:
         return Note(self.text[: (len(base.text) + len(self.text) + 1) // 2])
 
-    def forget_before(self, base: Note) -> None:
-        self.forgotten = base
+    def forget_before(self, bases: Sequence[Note]) -> None:
+        self.forgotten = bases[0]
 
 
 class Growing(Note):
@@ -606,6 +606,15 @@ def _hear_of_a_paste(peer: Peer, *, heard: bool = True, ms: int = 3_000) -> list
     return sizes
 
 
+def _hear_next(peer: Peer) -> str:
+    """Return the next diff that is there as a whole, however slowly it comes."""
+    heard: list[tuple[int, int, int, int, int, str]] = []
+    while not heard:
+        heard = peer.listen(until=peer.now + 10)
+    ((*_, diff),) = heard
+    return diff
+
+
 def test_what_is_never_acknowledged_as_a_whole_goes_by_parts_one_after_the_other() -> None:
     peer = _connected(rtt_ms=100)
     sizes = _hear_of_a_paste(peer)
@@ -614,10 +623,39 @@ def test_what_is_never_acknowledged_as_a_whole_goes_by_parts_one_after_the_other
     known = 5_000
     for num, size in ((20, 8_750), (21, 26_250)):
         peer.say(12, num, ack=peer.transport.last_sent_num)
-        (heard,) = peer.listen(until=peer.now + 100)
-        assert heard[-1] == NOISE[known : known + size]
+        assert _hear_next(peer) == NOISE[known : known + size]
         known += size
     assert known == 40_000
+
+
+def test_an_ack_of_the_whole_and_then_of_a_part_loses_no_key() -> None:
+    """The part has the higher number and is the base from then on, though it holds less."""
+    round_trip = mosh.RoundTrip()
+    round_trip.observe(100)
+    sender = mosh.Sender(mosh.UserStream(), 0, 0, round_trip, mosh.ArrivalWindow())
+    receiver = mosh.Receiver(mosh.UserStream(), 0)
+
+    def send(now: int) -> int:
+        sender.update_timers(now)
+        instruction = sender.instruction_to_send(now)
+        assert instruction is not None
+        receiver.receive(instruction, now)
+        return instruction.new_num
+
+    stream = mosh.UserStream().with_events(NOISE[:20_000].encode())
+    sender.set_current(stream, 0, 10)
+    whole = send(10)
+    sender._path_limit_bytes = mosh.PART_BYTES
+    part = send(2_000)
+    known = receiver.states[-1].state.length
+    assert known < stream.length
+    for num in (whole, part):
+        sender.process_ack(num, 2_100)
+        sender.update_timers(2_100)
+    sender.set_current(stream.with_events(b"and more"), 0, 2_200)
+    send(3_000)
+    expected = [*NOISE[:20_000].encode(), *b"and more"]
+    assert receiver.states[-1].state.events_since(known) == expected[known:]
 
 
 def test_a_path_grows_with_each_ack() -> None:
@@ -625,16 +663,88 @@ def test_a_path_grows_with_each_ack() -> None:
     _hear_of_a_paste(peer)
     for num in range(20, 30):
         peer.say(12, num, ack=peer.transport.last_sent_num)
-        peer.listen(until=peer.now + 100)
+        peer.listen(until=peer.now + 1_000)
     peer.transport.set_current(Pasted(NOISE), now=peer.now)
-    (heard, *_) = peer.listen(until=peer.now + 100)
-    assert len(heard[-1]) == len(NOISE) - 40_000
+    assert len(_hear_next(peer)) == len(NOISE) - 40_000
 
 
 def test_a_stock_server_is_never_told_less_than_before() -> None:
     peer = _connected(rtt_ms=100)
     peer.transport.sender.may_step_back = False
     assert set(_hear_of_a_paste(peer)) == {40_000}
+
+
+def _trains(peer: Peer, *, until: int) -> list[tuple[int, int]]:
+    """Return (first left at, took ms) of all trains of many datagrams, while the peer says it hears none of them."""
+    trains: list[tuple[int, int]] = []
+    begun_at, num = peer.now, 100
+    while peer.now < until:
+        count = len(peer.transport.datagrams_to_send(peer.now))
+        if count and not peer.transport._train:
+            trains.append((begun_at, peer.now - begun_at))
+        deadline = peer.transport.next_timeout()
+        assert deadline is not None
+        begun_at = begun_at if peer.transport._train else deadline
+        if deadline // 1_000 > peer.now // 1_000:
+            peer.now, num = deadline, num + 1
+            peer.say(1, num, ack=1)
+        peer.now = deadline
+    return trains
+
+
+def test_what_a_policer_never_lets_through_goes_slower_each_time_and_faster_again_with_each_ack() -> None:
+    peer = _connected(rtt_ms=100)
+    peer.transport.sender.may_step_back = False
+    peer.transport.set_current(Pasted(NOISE[:30_000]), now=peer.now)
+    trains = _trains(peer, until=40_000)
+    took = [ms for _, ms in trains]
+    assert took[0] < 100 < took[1] and max(took) == took[-1] and len(took) < 20
+    assert 5_000 < took[-1] <= mosh.LONGEST_TRAIN_MS
+    for num in range(1, 20):
+        peer.say(1, 200 + num, ack=peer.transport.last_sent_num)
+        peer.transport.set_current(Pasted(NOISE[: 30_000 + 8_000 * num]), now=peer.now)
+        _hear_next(peer)
+    began_at = peer.now
+    peer.say(1, 300, ack=peer.transport.last_sent_num)
+    peer.transport.set_current(Pasted(NOISE + "a" + NOISE[:8_000]), now=peer.now)
+    _hear_next(peer)
+    assert peer.now - began_at < 200
+
+
+def test_the_rest_of_a_train_is_not_sent_if_a_copy_of_it_has_arrived() -> None:
+    peer = _connected(rtt_ms=400)
+    peer.transport.set_current(Note(NOISE), now=1_000)
+    assert peer.transport.datagrams_to_send(1_001) and peer.transport._train
+    peer.say(1, 2, ack=peer.transport.last_sent_num)
+    assert not peer.transport._train and peer.listen(until=1_500) == []
+
+
+# what happens to (trains lost in a row, then acknowledged), on what path, and the ms that 12,800 bytes take then
+TRAINS = [
+    (0, 0, False, 0),
+    (1, 0, False, 200),
+    (3, 0, False, 800),
+    (3, 1, False, 400),
+    (3, 3, False, 0),
+    (50, 0, False, 3_200),
+    (50, 0, True, 400),
+]
+
+
+@pytest.mark.parametrize(("lost", "acknowledged", "lossy", "ms"), TRAINS)
+def test_how_long_a_train_takes(lost: int, acknowledged: int, lossy: bool, ms: int) -> None:
+    speed = mosh.TrainSpeed()
+    for num in range(lost):
+        speed.left(num, mosh.LONG_TRAIN_BYTES, now=num * 1_000)
+        speed.update(num * 1_000 + 199, 200, 0, lossy=lossy)
+        speed.update(num * 1_000 + 200, 200, 0, lossy=lossy)
+    for num in range(acknowledged):
+        speed.left(100 + num, mosh.LONG_TRAIN_BYTES, now=100_000)
+        speed.acknowledged(100 + num)
+    assert speed.spread_ms(12_800) == ms
+    assert speed.spread_ms(mosh.LONG_TRAIN_BYTES - 1) == 0
+    speed.update(200_000, 200, mosh.OUTAGE_MS + 1, lossy=lossy)
+    assert speed.spread_ms(12_800) == 0
 
 
 def test_an_outage_is_no_narrow_path() -> None:
@@ -653,7 +763,7 @@ def test_last_words_may_go_by_parts() -> None:
         if peer.transport.phase is Phase.CLOSED:
             break
         assert peer.transport.last_sent_num < LAST
-        heard = peer.listen(until=peer.now + 40)[0][-1]
+        heard = _hear_next(peer)
     assert peer.transport.clean and NOISE[:40_000].endswith(heard) and heard
 
 
