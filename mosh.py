@@ -865,7 +865,10 @@ class Fragmenter:
         self._last: tuple[tuple[Any, ...], list[Fragment]] = ((), [])  # what was cut, without chaff, and its pieces
 
     def fragments_of_retry(self, instruction: Instruction, mtu_bytes: int) -> list[Fragment]:
-        """Return the pieces of `instruction`: the same as last time if it says the same and takes several."""
+        """Return the pieces of `instruction`: the same as last time if it says the same and takes several.
+
+        They come in the opposite order, since those at the end of a burst are the likeliest to be lost.
+        """
         same = (*(getattr(instruction, name) for name in INSTRUCTION_FIELDS if name != "chaff"), mtu_bytes)
         if self._last[0] != same:
             fragments = self.fragments(instruction, mtu_bytes)
@@ -873,7 +876,9 @@ class Fragmenter:
                 self._last = (), []
                 return fragments
             self._last = same, fragments
-        return self._last[1]
+        else:
+            self._last[1].reverse()
+        return list(self._last[1])
 
     def fragments(self, instruction: Instruction, mtu_bytes: int) -> list[Fragment]:
         """Return the pieces of `instruction` for datagrams of at most `mtu_bytes`. Raises ProtocolError if too big."""
@@ -958,8 +963,8 @@ class FragmentAssembly:
 # BURST_DATAGRAMS are spread over the frame interval, each sealed when it leaves. What comes up meanwhile waits for the
 # last one: it would have had to wait for that interval anyway, and a new instruction would make the peer drop the
 # pieces it has, so under steady output none would ever be whole. A train that is not acknowledged may have met such a
-# bucket all the same: the next one goes at half the speed, down to what a policer of 64 kbit/s lets through, and each
-# ack doubles it. On a path that is lossy, going slowly is no cure.
+# bucket all the same. A few times it goes again at once, and its pieces fill the gaps that chance has made; but then
+# each goes at half the speed of the last one, down to what a policer of 64 kbit/s lets through.
 #
 # Repeating. An ack may take an RTO, which covers the way, and ACK_DELAY_MS, which the peer may wait for data to carry
 # it; then what was sent is taken for lost and sent again, and after that once per RTO. Four things change this:
@@ -1003,9 +1008,9 @@ SMALL_DIFF_BYTES = 64  # keys, an echo, an echo ack
 
 BURST_DATAGRAMS = 10  # of one instruction, sent at once; the rest is spread over the frame interval
 LONG_TRAIN_BYTES = 3_000  # the fragments of an instruction, if they are lost, can be slowed down from this size on:
-TRAIN_BYTES_PER_S = 128_000  # to this speed, halved with every further loss
-TRAIN_SLOWEST = 5  # how often at most
-TRAIN_SLOWEST_LOSSY = 2
+TRAIN_BYTES_PER_S = 64_000  # to this speed after so many losses, then to half of it ...
+TRAIN_LOSSES = 5
+MAX_TRAIN_LOSSES = 9  # so many count; on a path known to be lossy, where slowness is no cure, TRAIN_LOSSES
 LONGEST_TRAIN_MS = 6_000  # nothing else can be sent meanwhile
 PROBE_OVERHEAD_BYTES = DATAGRAM_OVERHEAD_BYTES + FRAGMENT_HEADER.size + 13  # 13: of zlib, and for the chaff's length
 
@@ -1354,7 +1359,8 @@ class Sender(Generic[Local]):
         self._resend_now = self.current != self.sent[0].state
 
     def train_left(self, now: int) -> None:
-        """The last datagram of the last instruction has been sent only now: an ack cannot come sooner."""
+        """The last datagram of the last instruction has been sent only now: no ack could come, whoever was heard."""
+        self._resend_now = False
         self._next_ack_at += now - self.sent[-1].at
         self.sent[-1].at = now
 
@@ -1390,7 +1396,7 @@ class TrainSpeed:
     """How fast the fragments of a large instruction may follow each other, judged by what is acknowledged."""
 
     def __init__(self) -> None:
-        self._losses = 0  # in a row, less one for each ack: how often the speed has been halved
+        self._losses = 0  # in a row; half of them are forgiven with each ack
         self._num: int | None = None  # the state that a long train carried which is not acknowledged
         self._left_at = 0
 
@@ -1402,21 +1408,21 @@ class TrainSpeed:
     def acknowledged(self, num: int) -> None:
         """The peer has state `num`."""
         if self._num is not None and num >= self._num:
-            self._num, self._losses = None, max(0, self._losses - 1)
+            self._num, self._losses = None, self._losses // 2
 
     def update(self, now: int, patience_ms: int, silent_ms: int, *, lossy: bool) -> None:
         """Take the train for lost if `patience_ms` has brought no ack, unless nothing at all gets through."""
         if silent_ms > OUTAGE_MS:
             self._losses, self._num = 0, None
         elif self._num is not None and now - self._left_at >= patience_ms:
-            slowest = TRAIN_SLOWEST_LOSSY if lossy else TRAIN_SLOWEST
-            self._losses, self._num = min(self._losses + 1, slowest), None
+            limit = TRAIN_LOSSES if lossy else MAX_TRAIN_LOSSES
+            self._losses, self._num = min(self._losses + 1, limit), None
 
     def spread_ms(self, size: int) -> int:
         """Return how long a train of `size` bytes should take at least."""
-        if size < LONG_TRAIN_BYTES:
+        if size < LONG_TRAIN_BYTES or self._losses < TRAIN_LOSSES:
             return 0
-        return min(LONGEST_TRAIN_MS, (size * 1_000 << self._losses) // TRAIN_BYTES_PER_S) if self._losses else 0
+        return min(LONGEST_TRAIN_MS, (size * 1_000 << self._losses - TRAIN_LOSSES) // TRAIN_BYTES_PER_S)
 
 
 class Phase(Enum):

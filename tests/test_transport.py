@@ -574,7 +574,7 @@ def test_the_pieces_of_a_large_instruction_that_is_resent_fill_the_gaps() -> Non
     client.set_current(Note(NOISE[:5_000]), now=0)
     first, second = ([*client.datagrams_to_send(now)] for now in (0, 250))
     assert len(first) == len(second) > 2
-    for datagram in (*first[0::2], *second[1::2]):
+    for datagram in (*first[0::2], *second[::-1][1::2]):
         server.receive_datagram(datagram, PEER, 300)
     assert server.remote.state.text == NOISE[:5_000]
 
@@ -698,7 +698,7 @@ def test_what_a_policer_never_lets_through_goes_slower_each_time_and_faster_agai
     peer.transport.set_current(Pasted(NOISE[:30_000]), now=peer.now)
     trains = _trains(peer, until=40_000)
     took = [ms for _, ms in trains]
-    assert took[0] < 100 < took[1] and max(took) == took[-1] and len(took) < 20
+    assert took[0] < 100 and max(took) == took[-1] and len(took) < 20
     assert 5_000 < took[-1] <= mosh.LONGEST_TRAIN_MS
     for num in range(1, 20):
         peer.say(1, 200 + num, ack=peer.transport.last_sent_num)
@@ -722,12 +722,12 @@ def test_the_rest_of_a_train_is_not_sent_if_a_copy_of_it_has_arrived() -> None:
 # what happens to (trains lost in a row, then acknowledged), on what path, and the ms that 12,800 bytes take then
 TRAINS = [
     (0, 0, False, 0),
-    (1, 0, False, 200),
-    (3, 0, False, 800),
-    (3, 1, False, 400),
-    (3, 3, False, 0),
+    (4, 0, False, 0),
+    (5, 0, False, 200),
+    (7, 0, False, 800),
+    (7, 1, False, 0),
     (50, 0, False, 3_200),
-    (50, 0, True, 400),
+    (50, 0, True, 200),
 ]
 
 
