@@ -963,8 +963,9 @@ class FragmentAssembly:
 # BURST_DATAGRAMS are spread over the frame interval, each sealed when it leaves. What comes up meanwhile waits for the
 # last one: it would have had to wait for that interval anyway, and a new instruction would make the peer drop the
 # pieces it has, so under steady output none would ever be whole. A train that is not acknowledged may have met such a
-# bucket all the same. A few times it goes again at once, and its pieces fill the gaps that chance has made; but then
-# each goes at half the speed of the last one, down to what a policer of 64 kbit/s lets through.
+# bucket all the same. At first it goes again at once, and its pieces fill the gaps that chance has made; but then each
+# is spread over a third of the time since, until it is slow enough for a policer of 64 kbit/s. Where the path is known
+# to be lossy that is no cure.
 #
 # Repeating. An ack may take an RTO, which covers the way, and ACK_DELAY_MS, which the peer may wait for data to carry
 # it; then what was sent is taken for lost and sent again, and after that once per RTO. Four things change this:
@@ -1008,10 +1009,8 @@ SMALL_DIFF_BYTES = 64  # keys, an echo, an echo ack
 
 BURST_DATAGRAMS = 10  # of one instruction, sent at once; the rest is spread over the frame interval
 LONG_TRAIN_BYTES = 3_000  # the fragments of an instruction, if they are lost, can be slowed down from this size on:
-TRAIN_BYTES_PER_S = 64_000  # to this speed after so many losses, then to half of it ...
-TRAIN_LOSSES = 5
-MAX_TRAIN_LOSSES = 9  # so many count; on a path known to be lossy, where slowness is no cure, TRAIN_LOSSES
-LONGEST_TRAIN_MS = 6_000  # nothing else can be sent meanwhile
+TRAIN_GRACE_MS = 1_000  # not before so long after the first loss,
+LONGEST_TRAIN_MS = 6_000  # and never to more than this, since nothing else can be sent meanwhile
 PROBE_OVERHEAD_BYTES = DATAGRAM_OVERHEAD_BYTES + FRAGMENT_HEADER.size + 13  # 13: of zlib, and for the chaff's length
 
 SHUTDOWN_TRIES = 16
@@ -1156,9 +1155,9 @@ class Sender(Generic[Local]):
         """Whether the path loses datagrams, whatever their size."""
         return self._arrivals.lost_count >= LOSSY_COUNT
 
-    def judge_train(self, speed: TrainSpeed, now: int) -> None:
-        """Let `speed` know what is known of the path."""
-        speed.update(now, self.patience_ms, now - self._heard_at, lossy=self._is_lossy)
+    def spread_ms(self, speed: TrainSpeed, size: int, now: int) -> int:
+        """Return how long `speed` spreads a train of `size` bytes, by what is known of the path."""
+        return speed.spread_ms(size, now, now - self._heard_at, lossy=self._is_lossy)
 
     def _interval_ms(self, sent_at: int) -> int:
         """Return the frame interval after an instruction sent at `sent_at`, stretched while nothing is acknowledged."""
@@ -1396,9 +1395,8 @@ class TrainSpeed:
     """How fast the fragments of a large instruction may follow each other, judged by what is acknowledged."""
 
     def __init__(self) -> None:
-        self._losses = 0  # in a row; half of them are forgiven with each ack
-        self._num: int | None = None  # the state that a long train carried which is not acknowledged
-        self._left_at = 0
+        self._num: int | None = None  # the first of the states carried by long trains that is not acknowledged
+        self._left_at = 0  # when its train did
 
     def left(self, num: int, size: int, now: int) -> None:
         """The last of `size` bytes that carry state `num` has left."""
@@ -1408,21 +1406,18 @@ class TrainSpeed:
     def acknowledged(self, num: int) -> None:
         """The peer has state `num`."""
         if self._num is not None and num >= self._num:
-            self._num, self._losses = None, self._losses // 2
+            self._num = None
 
-    def update(self, now: int, patience_ms: int, silent_ms: int, *, lossy: bool) -> None:
-        """Take the train for lost if `patience_ms` has brought no ack, unless nothing at all gets through."""
+    def spread_ms(self, size: int, now: int, silent_ms: int, *, lossy: bool) -> int:
+        """Return how long a train of `size` bytes should take at least.
+
+        `silent_ms`: for how long the peer has not been heard; if that is long, nothing at all gets through.
+        """
         if silent_ms > OUTAGE_MS:
-            self._losses, self._num = 0, None
-        elif self._num is not None and now - self._left_at >= patience_ms:
-            limit = TRAIN_LOSSES if lossy else MAX_TRAIN_LOSSES
-            self._losses, self._num = min(self._losses + 1, limit), None
-
-    def spread_ms(self, size: int) -> int:
-        """Return how long a train of `size` bytes should take at least."""
-        if size < LONG_TRAIN_BYTES or self._losses < TRAIN_LOSSES:
+            self._num = None
+        if size < LONG_TRAIN_BYTES or self._num is None or lossy:
             return 0
-        return min(LONGEST_TRAIN_MS, (size * 1_000 << self._losses - TRAIN_LOSSES) // TRAIN_BYTES_PER_S)
+        return max(0, min(LONGEST_TRAIN_MS, (now - self._left_at - TRAIN_GRACE_MS) // BACKOFF))
 
 
 class Phase(Enum):
@@ -1562,8 +1557,7 @@ class Transport(Generic[Local, Remote]):
         self.sender.charge(instruction.diff, sum(sizes), now)
         self._train_mtu_bytes, self._train_ack_num = mtu.bytes, instruction.ack_num
         self._train_num, self._train_bytes = instruction.new_num, sum(sizes)
-        self.sender.judge_train(self._train_speed, now)
-        slow_ms = self._train_speed.spread_ms(self._train_bytes)
+        slow_ms = self.sender.spread_ms(self._train_speed, self._train_bytes, now)
         burst = 1 if slow_ms else BURST_DATAGRAMS
         interval = max(slow_ms, self.datagrams.round_trip.frame_interval_ms)
         late = max(1, len(fragments) - burst + 1)

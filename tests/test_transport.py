@@ -719,32 +719,29 @@ def test_the_rest_of_a_train_is_not_sent_if_a_copy_of_it_has_arrived() -> None:
     assert not peer.transport._train and peer.listen(until=1_500) == []
 
 
-# what happens to (trains lost in a row, then acknowledged), on what path, and the ms that 12,800 bytes take then
+# (ms since the first train that was lost, bytes of the next one, ms that the peer is silent, lossy): ms that it takes
 TRAINS = [
-    (0, 0, False, 0),
-    (4, 0, False, 0),
-    (5, 0, False, 200),
-    (7, 0, False, 800),
-    (7, 1, False, 0),
-    (50, 0, False, 3_200),
-    (50, 0, True, 200),
+    (500, 20_000, 0, False, 0),
+    (mosh.TRAIN_GRACE_MS + 900, 20_000, 0, False, 300),
+    (mosh.TRAIN_GRACE_MS + 9_000, 20_000, mosh.OUTAGE_MS, False, 3_000),
+    (mosh.TRAIN_GRACE_MS + 9_000, 20_000, mosh.OUTAGE_MS + 1, False, 0),
+    (mosh.TRAIN_GRACE_MS + 9_000, 20_000, 0, True, 0),
+    (mosh.TRAIN_GRACE_MS + 9_000, mosh.LONG_TRAIN_BYTES - 1, 0, False, 0),
+    (3_600_000, 20_000, 0, False, mosh.LONGEST_TRAIN_MS),
 ]
 
 
-@pytest.mark.parametrize(("lost", "acknowledged", "lossy", "ms"), TRAINS)
-def test_how_long_a_train_takes(lost: int, acknowledged: int, lossy: bool, ms: int) -> None:
+@pytest.mark.parametrize(("since_ms", "size", "silent_ms", "lossy", "ms"), TRAINS)
+def test_how_long_a_train_takes(since_ms: int, size: int, silent_ms: int, lossy: bool, ms: int) -> None:
     speed = mosh.TrainSpeed()
-    for num in range(lost):
-        speed.left(num, mosh.LONG_TRAIN_BYTES, now=num * 1_000)
-        speed.update(num * 1_000 + 199, 200, 0, lossy=lossy)
-        speed.update(num * 1_000 + 200, 200, 0, lossy=lossy)
-    for num in range(acknowledged):
-        speed.left(100 + num, mosh.LONG_TRAIN_BYTES, now=100_000)
-        speed.acknowledged(100 + num)
-    assert speed.spread_ms(12_800) == ms
-    assert speed.spread_ms(mosh.LONG_TRAIN_BYTES - 1) == 0
-    speed.update(200_000, 200, mosh.OUTAGE_MS + 1, lossy=lossy)
-    assert speed.spread_ms(12_800) == 0
+    speed.left(7, mosh.LONG_TRAIN_BYTES - 1, now=10_000)
+    assert speed.spread_ms(size, 10_000 + since_ms, silent_ms, lossy=lossy) == 0
+    speed.left(7, mosh.LONG_TRAIN_BYTES, now=10_000)
+    speed.left(8, mosh.LONG_TRAIN_BYTES, now=11_000)
+    speed.acknowledged(6)
+    assert speed.spread_ms(size, 10_000 + since_ms, silent_ms, lossy=lossy) == ms
+    speed.acknowledged(7)
+    assert speed.spread_ms(size, 10_000 + since_ms, silent_ms, lossy=lossy) == 0
 
 
 def test_an_outage_is_no_narrow_path() -> None:
