@@ -719,6 +719,16 @@ def test_the_rest_of_a_train_is_not_sent_if_a_copy_of_it_has_arrived() -> None:
     assert not peer.transport._train and peer.listen(until=1_500) == []
 
 
+def test_a_train_that_is_still_leaving_is_not_taken_for_lost_whoever_is_heard() -> None:
+    peer = _connected(rtt_ms=100)
+    peer.transport._train_speed.left(99, mosh.LONG_TRAIN_BYTES, now=peer.now - 10_000)
+    peer.transport.set_current(Note(NOISE), now=peer.now)
+    assert peer.listen(until=peer.now + 1_000) == []  # the first of it
+    peer.say(1, 2, ack=1)
+    assert _hear_next(peer) == ">" + NOISE
+    assert peer.listen(until=peer.now + mosh.ACK_DELAY_MS) == []
+
+
 # (ms since the first train that was lost, bytes of the next one, ms that the peer is silent, lossy): ms that it takes
 TRAINS = [
     (500, 20_000, 0, False, 0),
