@@ -491,6 +491,7 @@ class Invariants:
         self._nonces: set[bytes] = set()
         self._readers = {direction: sim.channel(1 - direction) for direction in self.in_flight}
         self._assemblies = {direction: mosh.FragmentAssembly() for direction in self.in_flight}
+        self._train = {mosh.TO_SERVER: (0, 0), mosh.TO_CLIENT: (0, 0)}  # id of the last one, pieces to come
         self._instruction_bytes = dict.fromkeys(self.in_flight, 0)  # of the one being sent, and the largest so far
         self._largest_bytes = dict.fromkeys(self.in_flight, 0)
         self._last: dict[int, mosh.Instruction] = {}
@@ -513,9 +514,14 @@ class Invariants:
         self.require(nonce not in self._nonces, f"nonce {nonce.hex()} is used twice")
         self._nonces.add(nonce)
         fragment = mosh.Fragment.decode(self._readers[direction].open(datagram)[1][mosh.TIMESTAMPS.size :])
-        self._instruction_bytes[direction] = len(datagram) + self._instruction_bytes[direction] * (fragment.num > 0)
+        last_id, left = self._train[direction]
+        begins = left == 0 or fragment.instruction_id != last_id  # what goes again comes back to front
+        if begins:
+            left = len(end.core.transport._fragmenter._last[1]) or 1
+        self._train[direction] = fragment.instruction_id, left - 1
+        self._instruction_bytes[direction] = len(datagram) + self._instruction_bytes[direction] * (not begins)
         self._largest_bytes[direction] = max(self._largest_bytes[direction], self._instruction_bytes[direction])
-        if fragment.num == 0:
+        if begins:
             self._acked_before[direction] = self._acked[direction]
         instruction = self._assemblies[direction].add(fragment)
         if instruction is not None:
