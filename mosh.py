@@ -739,9 +739,13 @@ class DatagramLayer:
             reply = (self._saved_timestamp + now - self._saved_at) % 0x10000
             self._saved_timestamp = None
         datagram = self._channel.seal(TIMESTAMPS.pack(_timestamp(now), reply) + payload)
-        if self.allowance_bytes is not None:
-            self.allowance_bytes -= len(datagram)
+        self.charge(len(datagram))
         return datagram
+
+    def charge(self, size: int) -> None:
+        """So many bytes go to the peer, fewer than 0 if some have not been sent after all."""
+        if self.allowance_bytes is not None:
+            self.allowance_bytes -= size
 
     def forget_silent_peer(self, now: int) -> bool:
         """Server: after sending, drop an address that has been silent too long. Returns whether it was dropped."""
@@ -973,8 +977,9 @@ class FragmentAssembly:
 #   word for word, beginning with another fragment each time, after waits that double; all else waits, or it would end
 #   the assembly.
 # - Nothing: as long as no ack comes, the interval grows to a third of the wait, up to ACK_INTERVAL_MS. It stretches
-#   the pacing as well, so frames to a peer that is out of reach become rare, and keys, which are cheap, do not. The
-#   first datagram heard again ends it: what the peer lacks is sent at once, see above.
+#   the pacing as well, so frames to a peer that is out of reach become rare, and keys, which are cheap, do not: they go
+#   again every QUICK_RESEND_MS for a while, a tenth as often as with stock. Most tunnels are that short, and nothing
+#   tells of their end. The first datagram heard again ends it: what the peer lacks is sent at once, see above.
 #
 # Heartbeats. Who has nothing to say says so every ACK_INTERVAL_MS. If the peer's heartbeat comes first, ours goes at
 # once and the next one is left to the peer as well: then a processor, or a radio, wakes once for both of them and not
@@ -995,6 +1000,7 @@ assert LOSS_RUN < LOSSY_COUNT  # one outage does not
 LOSSY_COPIES = 2  # a small diff is sent so often in quick succession,
 LOSSY_COPY_MS = (10, 50)  # after SRTT/8 within these bounds, far enough apart for a burst of losses to pass
 QUICK_DIFF_BYTES = 200  # which diffs are small in this respect: keys, a line of output
+QUICK_RESEND_MS, QUICK_RESEND_LIMIT_MS = 200, 10_000  # how often they go again while no ack comes, and for how long
 
 PACING_BYTES = 1_000  # debt that is paid off in one frame interval
 FRAME_DEBT_BYTES = 500  # what an instruction costs at least, unless its diff is small
@@ -1155,8 +1161,11 @@ class Sender(Generic[Local]):
             waited_ms = sent_at - (self._unacked_since or sent_at)
             return max(interval, self.patience_ms, min(ACK_INTERVAL_MS, waited_ms))
         lossy = self._arrivals.lost_count >= LOSSY_COUNT
-        if lossy and self._last_diff_bytes <= QUICK_DIFF_BYTES and self._copies < LOSSY_COPIES:
-            return clamp(self._round_trip.srtt_ms / 8, LOSSY_COPY_MS)
+        if self._last_diff_bytes <= QUICK_DIFF_BYTES:
+            if lossy and self._copies < LOSSY_COPIES:
+                return clamp(self._round_trip.srtt_ms / 8, LOSSY_COPY_MS)
+            if self._unacked_since is not None and sent_at - self._unacked_since < QUICK_RESEND_LIMIT_MS:
+                interval = min(interval, QUICK_RESEND_MS)
         return max(interval, self._round_trip.rto_ms if lossy or self._copies > 1 else self.patience_ms)
 
     def _assume(self, now: int) -> NumberedState[Local]:
@@ -1340,7 +1349,8 @@ class Sender(Generic[Local]):
         self._heard_at = now
         if now - self.sent[-1].at >= self._round_trip.rto_ms:
             self.resend()
-            self._unacked_since = None if self._unacked_since is None else now  # it can be reached again: what follows need not wait
+            if self._unacked_since is not None:
+                self._unacked_since = now  # it can be reached again: what follows need not wait
             self.data_ack_due = self.data_ack_due or bool(instruction.diff)  # it may be a repeat: our ack was lost
         heartbeat = unprompted and not instruction.diff and now - self.sent[-1].at >= FOLLOW_MS
         if heartbeat and self.is_idle and self.current == self.sent[0].state:
@@ -1421,6 +1431,7 @@ class Transport(Generic[Local, Remote]):
         self._train: deque[tuple[int, Fragment]] = deque()  # (due at, fragment) of the instruction being sent
         self._train_mtu_bytes = datagrams.mtu_bytes  # what it was cut for
         self._train_ack_num = 0  # what it acknowledges
+        self._train_num = 0  # the state that it leads to
         self._proof_num = 0  # the first state sent to the peer's present address: its ack proves the address
 
     # -- bytes in
@@ -1449,6 +1460,8 @@ class Transport(Generic[Local, Remote]):
         sender = self.sender
         sender.process_ack(instruction.ack_num, now)
         self.datagrams.mtu.acknowledged(instruction.ack_num, now)
+        if self._train and sender.sent[0].num >= self._train_num:
+            self._train.clear()  # an earlier copy of it has arrived as a whole
         self.datagrams.last_round_trip_at = sender.sent[0].at
         if self.datagrams.allowance_bytes is not None and instruction.ack_num >= self._proof_num:
             self.datagrams.address_proven()
@@ -1516,6 +1529,7 @@ class Transport(Generic[Local, Remote]):
             mtu.instruction_sent(instruction.new_num, max(sizes), now)
         self.sender.charge(instruction.diff, sum(sizes), now)
         self._train_mtu_bytes, self._train_ack_num = mtu.bytes, instruction.ack_num
+        self._train_num = instruction.new_num
         late = max(1, len(fragments) - BURST_DATAGRAMS + 1)
         interval = self.datagrams.round_trip.frame_interval_ms
         self._train.extend(
@@ -4471,7 +4485,7 @@ class PredictionEngine:
 SERVER_LATE_MS = 6_500  # nothing new from the server for longer than this
 REPLY_LATE_MS = 10_000  # none of what we sent for longer than this has been acknowledged
 MESSAGE_MS = 1_000
-NETWORK_ERROR_MS = 3_100
+NETWORK_ERROR_MS = 3_500  # a silent neighbour is given up each 3 s, and asked again at the next try
 BAR_REFRESH_MS = {False: 1_000, True: 3_000}  # how often the seconds are counted on; True after a long silence
 LONG_SILENCE_MS = 60_000
 BAR_LIMIT = 127  # characters
@@ -4605,7 +4619,7 @@ SILENT_MS = 6_500  # and so is any word of the server: it has left out two heart
 TRIES_MS = (0, 500, 1_500)  # after the start of a search, since the first datagrams on a new network are often lost
 COPY_MS = 2_500  # else the other candidates get copies this seldom, that is, with each heartbeat
 COPY_DATAGRAMS = 8  # of an instruction; one is enough to move the server
-RETRY_MS, RETRY_LIMIT_MS = 500, 60_000  # how soon to try again where the system knows no path, and for how long
+RETRY_MS, RETRY_LIMIT_MS = 200, 60_000  # how soon to try again where the system refuses to send, and for how long
 LOOKUP_MS = (1_000, 60_000)  # from the start of a search to the first look at the name; doubles up to the second
 assert COPY_MS < ACK_INTERVAL_MS and 2 * (ACK_INTERVAL_MS + ACK_DELAY_MS) < SILENT_MS
 
@@ -4661,6 +4675,9 @@ class ServerCore:
         # for the program
         self.host_input = bytearray()  # typed, not yet read by the program; the shell removes what it has written
         self.size = (width, height)  # of the user's window; the screen follows
+        # what the system refuses to send
+        self._refused_since: int | None = None  # when it began to
+        self._retry_at: int | None = None
         # echo ack
         self._echo_ack = 0
         self._echo_pending: deque[tuple[int, int]] = deque()  # (due at, user state) in order
@@ -4729,11 +4746,27 @@ class ServerCore:
     def datagrams_to_send(self, now: int) -> list[bytes]:
         """Return the datagrams that are due, for the address in `peer`."""
         self._publish(now)
+        if self._retry_at is not None and now >= self._retry_at:
+            self._retry_at = None
+            self.transport.hurry(now)
         return self.transport.datagrams_to_send(now)
 
     def datagrams_sent(self, now: int) -> bool:
         """To be called after sending. Returns whether the client was given up as unreachable until it calls again."""
         return self.transport.datagrams.forget_silent_peer(now)
+
+    def note_sending(self, now: int, *, refused_bytes: int, reached: bool) -> None:
+        """Of what datagrams_to_send returned the system has refused so much; `reached`: but not all of it.
+
+        Nothing tells when that is over, a firewall's rule or a lost route, and to try costs the network nothing.
+        """
+        self.transport.datagrams.charge(-refused_bytes)
+        if reached or self.peer is None or self.phase is not Phase.CONNECTED:
+            self._refused_since = self._retry_at = None
+            return
+        if self._refused_since is None:
+            self._refused_since = now
+        self._retry_at = now + RETRY_MS if now - self._refused_since < RETRY_LIMIT_MS else None
 
     def _publish(self, now: int) -> None:
         echo_ack = self._echo_ack
@@ -4751,7 +4784,7 @@ class ServerCore:
     def next_timeout(self) -> int | None:
         """Return when datagrams_to_send has to be asked next, None for not before something comes in."""
         echo_due_at = self._echo_pending[0][0] if self._echo_pending and self.peer is not None else None
-        return earliest((self.transport.next_timeout(), echo_due_at))
+        return earliest((self.transport.next_timeout(), echo_due_at, self._retry_at))
 
     def start_shutdown(self, now: int) -> None:
         """Send the last screen and say goodbye."""
@@ -4821,7 +4854,8 @@ class Roaming:
     While answers come, everything goes to the address that gave the last one. An answer is a round trip: it
     acknowledges something sent since. When one is overdue, or the network is another one, a search begins: the other
     candidates get copies of what is sent, at a bounded rate, and the first authentic answer decides. A copy is the same
-    sealed datagram, so the server takes it once, and moves only to where the fastest copy came from.
+    sealed datagram, so the server takes it once, and moves only to where the fastest copy came from. The last try goes
+    out from another port: a firewall on the way may have forgotten the old one, and not let it in again.
     """
 
     def __init__(self, candidates: Iterable[Address], now: int, *, named: bool) -> None:
@@ -4836,6 +4870,7 @@ class Roaming:
         self._tries: list[int] = []  # when to send without waiting for something to say
         self._copy_at = now  # when the other candidates may get copies again
         self.port_due = False
+        self._port_at: int | None = None  # when the search goes on from another port, in case the old one is blocked
         # what an answer is awaited to
         self._acked_num = 0
         self._awaiting_since: int | None = None
@@ -4862,10 +4897,10 @@ class Roaming:
     def network_changed(self, now: int) -> None:
         """This machine has slept or has other addresses than before: nothing known about the path holds."""
         self._search(now)
-        self.port_due = True
+        self.port_due, self._port_at = True, None
 
     def path_failed(self, now: int, *, reached: bool) -> None:
-        """There is no path from here to the first target; `reached`: but to another one."""
+        """The system refuses to send to the first target; `reached`: but not to another one."""
         if self._search_since is None:
             self._search(now)
         elif not reached and not self._tries and now - self._search_since < RETRY_LIMIT_MS:
@@ -4886,7 +4921,7 @@ class Roaming:
         elif self.current is not None and now - self._search_since > self._patience_ms():
             self._overheard = [source]  # security: only now, or a relay on the way could draw a session to itself
         if answered:
-            self._search_since = self._awaiting_since = self._lookup_at = None
+            self._search_since = self._awaiting_since = self._lookup_at = self._port_at = None
             self._tries = []
 
     def found(self, addresses: Iterable[Address], now: int) -> None:
@@ -4915,10 +4950,13 @@ class Roaming:
             self._tries.pop(0)
             self._copy_at = now
             transport.hurry(now)
+        if self._port_at is not None and now >= self._port_at:
+            self.port_due, self._port_at = True, None
 
     def _search(self, now: int) -> None:
         self._search_since = self._copy_at = now
         self._tries = [now + ms for ms in TRIES_MS]
+        self._port_at = self._tries[-1]
         self._lookup_ms = LOOKUP_MS[0]
         self._lookup_at = now + self._lookup_ms if self._named and self.current is not None else None
 
@@ -4995,6 +5033,7 @@ class ClientCore:
         self._started_at = now
         self._port = port
         self.icmp_error = ""  # the newest that counts
+        self._quotes_icmp = False  # the newest network error is one of these
         self.transport.sender.may_step_back = False  # a stock server would abort
         # the user's keys
         self._escape_key = escape_key or EscapeKey(None)
@@ -5028,6 +5067,8 @@ class ClientCore:
             self.roaming.heard(source, now, datagrams.last_round_trip_at)
             if searching and not self.roaming.searching:
                 self.transport.hurry(now)  # until it hears from us again, the server may not send us much
+                if self.bar.tells_network_error:
+                    self.bar.set_message("", now, permanent=True)
         if was_connecting and self.phase is Phase.CONNECTED and not self._in_command:
             self.bar.set_message("", now, permanent=True)  # the notice of a missing answer
         self.bar.last_heard_at = self.transport.remote.at
@@ -5041,8 +5082,14 @@ class ClientCore:
 
     def note_network_error(self, text: str, now: int) -> None:
         """Tell the user that sending fails, unless something more important is being said."""
+        self._quotes_icmp = False
         if self.phase in (Phase.CONNECTING, Phase.CONNECTED) and not self._in_command:
             self.bar.set_network_error(text, now)
+
+    def note_sending_works(self, now: int) -> None:
+        """The system has sent a datagram; what others say of it comes later."""
+        if not self._quotes_icmp:
+            self.bar.network_works(now)
 
     def note_icmp_error(self, target: Address, text: str, now: int) -> None:
         """Tell the user what a host or router said of our datagrams to `target`, while that is the likeliest address.
@@ -5052,6 +5099,7 @@ class ClientCore:
         if self.roaming.searching and target == self.roaming.candidates[0]:
             self.icmp_error = text
             self.note_network_error(f"UDP port {self._port}: {text}", now)
+            self._quotes_icmp = True
 
     def receive_keys(self, data: bytes, now: int) -> None:
         """Take in what the user typed, one read at a time: a long one is a paste and is not predicted."""
@@ -5395,6 +5443,8 @@ class SendFailure(Enum):
     LOST = auto()  # as good as lost on the way, which SSP expects
     REFUSED = auto()  # by a rule of this machine, or for a reason unknown: the user should read it
 
+
+LASTING_FAILURES = (SendFailure.NO_PATH, SendFailure.REFUSED)  # the next datagram will not fare better
 
 _SEND_FAILURES = {
     errno.EMSGSIZE: SendFailure.TOO_BIG,
@@ -6334,13 +6384,19 @@ class Server:
             self._child.release()
 
     def _send(self, now: int) -> None:
-        for datagram in self._core.datagrams_to_send(now):
+        datagrams = self._core.datagrams_to_send(now)
+        refused = []
+        for datagram in datagrams:
             try:
                 self._udp.send(datagram, self._core.peer)
             except OSError as error:
-                if send_failure(error) is SendFailure.TOO_BIG:
+                failure = send_failure(error)
+                refused += [len(datagram)] * (failure in LASTING_FAILURES)
+                if failure is SendFailure.TOO_BIG:
                     self._core.transport.datagrams.shrink_mtu()
                 self._log(f"sendto: {error.strerror}")
+        if datagrams:
+            self._core.note_sending(now, refused_bytes=sum(refused), reached=len(refused) < len(datagrams))
         if self._core.datagrams_sent(now):
             self._peer = None
             self._log("Server now detached from client.")
@@ -6826,10 +6882,10 @@ class Client:
         reached = None in failures or SendFailure.TOO_BIG in failures
         if SendFailure.TOO_BIG in failures:
             core.transport.datagrams.shrink_mtu()
-        if failures[0] is SendFailure.NO_PATH:
+        if failures[0] in LASTING_FAILURES:
             core.roaming.path_failed(now, reached=reached)
         if reached:
-            core.bar.network_works(now)
+            core.note_sending_works(now)
         elif errors[0] is not None:
             core.note_network_error(f"sendto: {errors[0].strerror}", now)
 

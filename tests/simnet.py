@@ -54,6 +54,8 @@ class Link:
         self.mtu_bytes = 1_500  # larger packets are refused at the sender, as a network interface does
         self.path_mtu_bytes = 1_500  # larger packets vanish without a word
         self.blocked: set[int] = set()  # directions (mosh.TO_SERVER, mosh.TO_CLIENT) in which nothing gets through
+        self.refused: set[int] = set()  # the same, but the sender's own system says so
+        self.filtered: set[Address] = set()  # addresses of the client that a firewall knows no more
         self.heal()
 
     def heal(self) -> None:
@@ -66,7 +68,8 @@ class Link:
         self.buffer_bytes = 16_000  # what waits in front of a link with a limit; the rest is lost
         self.nat_forgets_ms = 0  # after so long without a datagram of the client its public port changes; 0: never
         self._free_at = {mosh.TO_SERVER: 0.0, mosh.TO_CLIENT: 0.0}  # when all that waits has left
-        self.blocked.clear()
+        for trouble in (self.blocked, self.refused, self.filtered):
+            trouble.clear()
 
     def arrivals(self, direction: int, size: int, now: int, rng: random.Random) -> Iterator[int]:
         """Yield when the copies of a datagram sent now arrive: usually one, but possibly none or two."""
@@ -322,8 +325,12 @@ class ServerEnd(Machine):
             # The blank screen of the start, which may be sent again, has another size than the client's.
             known = last.state.framebuffer.width > 1
             self._sim.published[last.num] = _fingerprint(last.state) if known else ()
+        refused = self.direction in self._sim.link.refused
         for datagram in datagrams:
-            self._sim.send(self, datagram, self.address, [self.peer])
+            self._sim.send(self, datagram, self.address, [] if refused else [self.peer])
+        if datagrams:
+            refused_bytes = sum(map(len, datagrams)) if refused else 0
+            self.core.note_sending(now, refused_bytes=refused_bytes, reached=not refused)
         self.core.datagrams_sent(now)
 
     def _schedule(self, outputs: Iterator[Output]) -> None:
@@ -436,12 +443,14 @@ class ClientEnd(Machine):
         self.frame_count += bool(frame)
         self.terminal.feed(frame)
         datagrams = self.core.datagrams_to_send(now)
-        for datagram in datagrams:
-            self._sim.send(self, datagram, self.address, self.core.peers)
-        if datagrams and self.core.transport.datagrams.wants_new_port(now):
-            self.core.transport.datagrams.port_chosen(now)
+        if datagrams and self.core.takes_new_port(now):
             host, port = self.address
             self.addresses = [*self.addresses, (host, port + 1)][-mosh.MAX_PORTS :]
+        refused = self.direction in self._sim.link.refused
+        for datagram in datagrams:
+            self._sim.send(self, datagram, self.address, [] if refused else self.core.peers)
+        if datagrams and refused:
+            self.core.roaming.path_failed(now, reached=False)
 
 
 End = Union[ServerEnd, ClientEnd]
@@ -655,7 +664,8 @@ class Simulation:
     def _arrive(self, datagram: bytes, source: Address, target: Address, congested: bool) -> None:
         end: End = self.server if target == self.server.address else self.client
         self.invariants.in_flight[1 - end.direction] -= len(datagram)
-        if target == self.server.address or target in self.client.addresses:
+        filtered = not self.link.filtered.isdisjoint((source, target))
+        if not filtered and (target == self.server.address or target in self.client.addresses):
             self.deliver(end, datagram, source, congested)
 
     def deliver(self, end: Machine, datagram: bytes, source: Address, congested: bool) -> None:

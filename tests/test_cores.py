@@ -362,8 +362,8 @@ def test_why_nothing_can_be_sent_is_not_hidden_by_what_follows_from_it() -> None
     client.note_network_error("sendto: Network is unreachable", now=100)
     client.frame_to_draw(3_000)
     assert "Network is unreachable" in client.shown.lines()[0]
-    client.frame_to_draw(3_300)
-    client.frame_to_draw(3_301)
+    client.frame_to_draw(100 + mosh.NETWORK_ERROR_MS)
+    client.frame_to_draw(101 + mosh.NETWORK_ERROR_MS)
     assert "Nothing received" in client.shown.lines()[0]
 
 
@@ -432,6 +432,21 @@ def test_what_a_host_says_of_our_datagrams_is_told_while_none_is_answered(sim: S
     sim.client.take_turn()
     assert sim.client.seen.lines[0].startswith("mosh: UDP port 60001: Connection refused")
     assert core.phase is Phase.CONNECTED
+
+
+def test_what_a_host_says_is_told_until_the_session_goes_on_and_no_longer(sim: Simulation) -> None:
+    core = sim.client.core
+    sim.blackout(ms=5_000)
+    sim.client.type("x")
+    sim.run(ms=2_500)
+    core.note_icmp_error(SERVER_ADDRESS, "No route to host", sim.now)
+    core.note_sending_works(sim.now)  # of the next datagram nobody has said anything yet
+    sim.run(ms=mosh.MESSAGE_MS + 1_000)
+    assert sim.client.seen.lines[0].startswith("mosh: UDP port 60001: No route to host")
+    core.note_icmp_error(SERVER_ADDRESS, "No route to host", sim.now)
+    sim.link.heal()
+    sim.run_until(lambda: sim.settled, limit_ms=500)
+    assert sim.client.seen == sim.client.screen
 
 
 @pytest.mark.parametrize("reason", ["Exiting...", "Signal received, shutting down..."])
@@ -857,7 +872,7 @@ class Roamer(Simulation):
     def send(self, end: End, datagram: bytes, source: tuple[str, int], targets: list[Any]) -> None:
         """Put a datagram on the wire, and note whose it is."""
         if end.direction == TO_SERVER:
-            self.client_sent.append((self.now, targets[0]))
+            self.client_sent += [(self.now, target) for target in targets[:1]]
             self.copies += [(self.now, target) for target in targets[1:]]
         super().send(end, datagram, source, targets)
 
@@ -948,7 +963,7 @@ def test_another_network_is_told_at_once_from_a_new_port() -> None:
     sim.client.move_to(NEW_ADDRESS)
     sim.roaming.network_changed(sim.now)
     sim.run(ms=0)
-    assert sim.client.core.takes_new_port(sim.now) and not sim.client.core.takes_new_port(sim.now)
+    assert sim.client.addresses == [NEW_ADDRESS, (NEW_ADDRESS[0], NEW_ADDRESS[1] + 1)]
     assert sim.client_sent[-1] == (began_at, SERVER_ADDRESS) and sim.copies_since(began_at) == [
         (began_at, OTHER_ADDRESS)
     ]
@@ -1091,7 +1106,59 @@ def test_where_the_system_knows_no_path_it_is_asked_again_soon_but_not_for_ever(
             asked.append(sim.now - began_at)
     early = [at for at in asked if at < mosh.RETRY_LIMIT_MS]
     assert mosh.RETRY_LIMIT_MS // 600 <= len(early) <= mosh.RETRY_LIMIT_MS // mosh.RETRY_MS + 60
-    assert len(asked) - len(early) <= mosh.RETRY_LIMIT_MS // mosh.ACK_INTERVAL_MS + 5
+    assert len(asked) - len(early) <= mosh.RETRY_LIMIT_MS // mosh.ACK_INTERVAL_MS + 10
+
+
+def test_a_port_that_a_firewall_has_forgotten_is_left_within_seconds() -> None:
+    sim = Roamer()
+    port = sim.client.address
+    sim.link.filtered.add(port)
+    sim.client.type("x")
+    sim.run_until(lambda: sim.settled, limit_ms=mosh.ANSWER_MS + mosh.TRIES_MS[-1] + 6 * sim.link.delay_ms + 100)
+    assert sim.server.peer == sim.client.address != port
+    assert len(sim.client.addresses) == 2
+
+
+def test_a_long_silence_opens_no_more_ports_than_one_each_10_s() -> None:
+    sim = Roamer()
+    before = sim.client.address[1]
+    sim.link.blocked.update((TO_SERVER, TO_CLIENT))
+    sim.client.type("x")
+    sim.run(ms=60_000)
+    assert 5 <= sim.client.address[1] - before <= 7
+
+
+@pytest.mark.parametrize("outage_ms", [2_000, 5_555, 9_000])
+def test_a_key_typed_in_a_tunnel_is_there_soon_after_its_end(outage_ms: int) -> None:
+    sim = Roamer()
+    began_at = sim.now
+    sim.blackout(ms=outage_ms)
+    sim.client.type("x")
+    sim.run(ms=outage_ms)
+    assert sum(at >= began_at for at, _ in sim.client_sent) < 15 + outage_ms // mosh.QUICK_RESEND_MS
+    sim.run_until(lambda: sim.settled, limit_ms=mosh.QUICK_RESEND_MS + 4 * sim.link.delay_ms + 20)
+
+
+@pytest.mark.parametrize("direction", [TO_SERVER, TO_CLIENT], ids=["client", "server"])
+def test_what_the_system_refuses_to_send_is_there_soon_after_it_no_longer_does(direction: int) -> None:
+    sim = Roamer()
+    sim.link.refused.add(direction)
+    sim.run(ms=9_000)
+    sim.client.type("typed meanwhile")
+    sim.run(ms=6_333)
+    sim.link.heal()
+    sim.run_until(lambda: sim.settled, limit_ms=mosh.RETRY_MS + 4 * sim.link.delay_ms + 20)
+
+
+def test_a_system_that_refuses_for_ever_is_not_asked_for_ever() -> None:
+    sim = Roamer()
+    sim.link.refused.add(TO_CLIENT)
+    counts = []
+    for _ in range(2):
+        count = len(sim.sent(TO_CLIENT))
+        sim.run(ms=mosh.RETRY_LIMIT_MS + mosh.ACK_INTERVAL_MS)
+        counts.append(len(sim.sent(TO_CLIENT)) - count)
+    assert counts[0] > mosh.RETRY_LIMIT_MS // mosh.RETRY_MS - 20 and counts[1] < 50
 
 
 def test_a_path_that_fails_makes_the_others_be_tried_at_once() -> None:
