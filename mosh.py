@@ -1061,6 +1061,35 @@ class NumberedState(Generic[Local]):
         self.state = state
 
 
+class LargeDiffs:
+    """How large a diff may be, judged by what is acknowledged: less where a queue is too short for a large one."""
+
+    def __init__(self) -> None:
+        self.limit_bytes = DIFF_LIMIT_BYTES
+        self.tries = 0  # with diffs beyond PART_BYTES, since the last ack
+        self._since = 0  # when the first of them was sent
+
+    def sent(self, size: int, now: int) -> None:
+        """A diff of `size` bytes is on its way."""
+        if size > PART_BYTES:
+            self._since = self._since if self.tries else now
+            self.tries += 1
+
+    def acknowledged(self) -> None:
+        """The peer has something new."""
+        self.tries = 0
+        self.limit_bytes = min(2 * self.limit_bytes, DIFF_LIMIT_BYTES)
+
+    def judge(self, now: int, patience_ms: int) -> None:
+        """Fall back to parts if it has been tried often enough and for long, with `patience_ms` for an ack."""
+        if self.tries >= PART_TRIES and now - self._since >= max(PART_PATIENCE_MS, 2 * patience_ms):
+            self.limit_bytes = PART_BYTES
+
+    def forgive(self) -> None:
+        """Nothing arrives, large or small, or there is nothing behind what is sent now."""
+        self.tries, self.limit_bytes = 0, DIFF_LIMIT_BYTES
+
+
 class Sender(Generic[Local]):
     """The half of the transport that keeps the peer's copy of `current` fresh."""
 
@@ -1088,9 +1117,7 @@ class Sender(Generic[Local]):
         self._last_diff_bytes = 0
         self._copies = 0  # how often the last state has been sent
         self.may_step_back = True  # the peer bears a state that holds less than one before
-        self._path_limit_bytes = DIFF_LIMIT_BYTES  # of a diff; less after PART_TRIES in vain
-        self._large_tries = 0  # diffs beyond PART_BYTES sent since the last ack
-        self._large_since = now  # when the first of them was sent
+        self._large = LargeDiffs()
         self._lost: Instruction | None = None  # a large one, which word for word its repeats shall make complete
         self._part: NumberedState[Local] | None = None  # a part of a state, behind which the rest waits for the ack
         self._heard_at = now  # when the peer last said something new
@@ -1239,7 +1266,10 @@ class Sender(Generic[Local]):
             self.sent[0].state = self.current  # which may differ from it in what no diff can tell
             self._next_send_at = self._changed_at = None
             return None
-        self._judge_path(now)
+        if now - self._heard_at > OUTAGE_MS or last.num == LAST_STATE_NUM:
+            self._large.forgive()
+        if self.may_step_back:
+            self._large.judge(now, self.patience_ms)
         state, diff = self._sendable(base.state, diff)
         if room_bytes is None or 0 < len(diff) <= room_bytes:
             return self._send(base, diff, now, state)
@@ -1265,18 +1295,10 @@ class Sender(Generic[Local]):
                 return self.sent[0], full
         return base, diff
 
-    def _judge_path(self, now: int) -> None:
-        """Decide whether what is large goes by parts."""
-        if now - self._heard_at > OUTAGE_MS or self.sent[-1].num == LAST_STATE_NUM:
-            self._large_tries, self._path_limit_bytes = 0, DIFF_LIMIT_BYTES
-        patience_ms = max(PART_PATIENCE_MS, 2 * self.patience_ms)
-        if self.may_step_back and self._large_tries >= PART_TRIES and now - self._large_since >= patience_ms:
-            self._path_limit_bytes = PART_BYTES
-
     def _sendable(self, base: Local, diff: bytes) -> tuple[Local, bytes]:
         """Return the state to send and its diff from `base`: `current`, or one on the way there if that is too far."""
         state = self.current
-        while len(diff) > min(self._path_limit_bytes, DIFF_LIMIT_BYTES):
+        while len(diff) > self._large.limit_bytes:
             nearer = state.part_way(base)
             shorter = nearer.diff_from(base)
             if len(shorter) >= len(diff):
@@ -1298,10 +1320,8 @@ class Sender(Generic[Local]):
             self.sent.append(NumberedState(num, now, state))
             if len(self.sent) > SENT_LIMIT:
                 del self.sent[-SENT_DROP]
-        if len(diff) > PART_BYTES:
-            self._large_since = self._large_since if self._large_tries else now
-            self._large_tries += 1
-        is_part = not is_whole and self._path_limit_bytes < DIFF_LIMIT_BYTES and diff != PROBE_DIFF
+        self._large.sent(len(diff), now)
+        is_part = not is_whole and self._large.limit_bytes < DIFF_LIMIT_BYTES and diff != PROBE_DIFF
         self._part = self.sent[-1] if is_part else None
         if state is self.current:
             self._fresh_bytes = 0
@@ -1315,7 +1335,7 @@ class Sender(Generic[Local]):
         self._next_send_at = self._changed_at = None
         self.data_ack_due = self._resend_now = self.hurried = self._follows = False
         instruction = Instruction(base.num, num, self.ack_num, self.sent[0].num, diff)
-        in_vain = len(diff) > PART_BYTES and self._large_tries > 1
+        in_vain = len(diff) > PART_BYTES and self._large.tries > 1
         self._lost = instruction if in_vain and not self.may_step_back else None
         return instruction
 
@@ -1337,8 +1357,8 @@ class Sender(Generic[Local]):
             if entry.num == ack_num and i > 0:
                 del self.sent[:i]
                 self._unacked_since = None if self.sent[-1].state == entry.state else now
-                self._large_tries, self._lost = 0, None
-                self._path_limit_bytes = min(2 * self._path_limit_bytes, DIFF_LIMIT_BYTES)
+                self._large.acknowledged()
+                self._lost = None
                 return
 
     def peer_heard(self, instruction: Instruction, unprompted: bool, now: int) -> None:

@@ -1183,10 +1183,10 @@ def test_an_old_datagram_from_elsewhere_makes_the_server_neither_move_nor_speak(
 # -- what is too large for one instruction ---------------------------------------------------------------------
 
 
-def test_a_screen_too_large_for_one_instruction_comes_in_parts(
-    sim: Simulation, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_screen_too_large_for_one_instruction_comes_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mosh, "DIFF_LIMIT_BYTES", 6_000)
+    sim = Simulation(1)
+    sim.run(ms=1_000)
     sim.client.resize(150, 50)
     sim.run_until(lambda: sim.settled, limit_ms=5_000)
     cells = ("\x1b[38;2;{};{};{}m#".format(*random.Random(n).choices(range(256), k=3)) for n in range(50 * 149))
@@ -1198,8 +1198,10 @@ def test_a_screen_too_large_for_one_instruction_comes_in_parts(
     assert sim.client.screen == sim.server.screen
 
 
-def test_keys_too_many_for_one_instruction_come_in_parts(sim: Simulation, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keys_too_many_for_one_instruction_come_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mosh, "DIFF_LIMIT_BYTES", 500)
+    sim = Simulation(1)
+    sim.run(ms=1_000)
     text = "".join(random.Random(1).choices("abcdefgh", k=3_000))
     sim.blackout(ms=2_000)
     sim.client.type(text + "\r")
