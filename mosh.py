@@ -1335,7 +1335,7 @@ class Sender(Generic[Local]):
         self._next_send_at = self._changed_at = None
         self.data_ack_due = self._resend_now = self.hurried = self._follows = False
         instruction = Instruction(base.num, num, self.ack_num, self.sent[0].num, diff)
-        in_vain = len(diff) > PART_BYTES and self._large.tries > 1
+        in_vain = base is self.sent[0] and len(diff) > PART_BYTES and self._large.tries > 1
         self._lost = instruction if in_vain and not self.may_step_back else None
         return instruction
 
@@ -1347,7 +1347,8 @@ class Sender(Generic[Local]):
     @property
     def _to_repeat(self) -> Instruction | None:
         """What to repeat word for word until it is acknowledged, if anything; the rest waits, acks included."""
-        return None if self.hurried or self.shutdown_at is not None else self._lost
+        ends = self.shutdown_at is not None or self.ack_num == LAST_STATE_NUM
+        return None if self.hurried or ends else self._lost
 
     # -- acks in
 

@@ -673,6 +673,27 @@ def test_a_client_that_leaves_does_not_wait_for_what_is_lost() -> None:
     assert peer.listen(until=peer.now + 1_000)[-1][2] == LAST
 
 
+def test_a_client_that_is_left_says_goodbye_though_a_paste_is_lost() -> None:
+    peer = _connected(rtt_ms=100)
+    peer.transport.sender.may_step_back = False
+    _hear_of_a_paste(peer)
+    peer.say(12, LAST, ack=1)
+    (heard,) = peer.listen(until=peer.now + 10_000)
+    assert heard[3] == LAST and peer.transport.phase is Phase.CLOSED
+
+
+def test_the_rest_of_a_paste_whose_beginning_is_lost_is_not_repeated_without_it() -> None:
+    """Nobody could apply it."""
+    peer = _connected(rtt_ms=400)
+    peer.transport.sender.may_step_back = False
+    peer.transport.set_current(Pasted(NOISE[:16_000]), now=peer.now)
+    (beginning,) = peer.listen(until=peer.now + 100)
+    peer.transport.set_current(Pasted(NOISE), now=peer.now)
+    rest, *repeats = peer.listen(until=peer.now + 5_000)
+    assert rest[1] == beginning[2] and repeats
+    assert {(old, len(diff)) for _, old, _, _, _, diff in repeats} == {(1, len(NOISE))}
+
+
 def test_after_an_outage_a_key_does_not_wait_for_the_first_ack() -> None:
     peer = _connected(rtt_ms=100)
     peer.transport.set_current(Note("a"), now=1_000)
