@@ -875,7 +875,9 @@ class Fragmenter:
                 return fragments
             self._last = same, fragments
         fragments = self._last[1]
-        first = len(fragments) * 3 // 8  # where the next try begins: about the golden section, so all places come soon
+        first = len(fragments) * 382 // 1_000  # where the next try begins: at the golden section, so all places come
+        while math.gcd(first, len(fragments)) > 1:  # soon, and each of them before one comes again
+            first += 1
         self._last = same, fragments[first:] + fragments[:first]
         return fragments
 
@@ -974,8 +976,9 @@ class FragmentAssembly:
 # - A large diff that is not acknowledged though the peer is heard: on a narrow path with a short queue fragments are
 #   lost each time, and always the same ones. Then the state goes by parts, each when the last one is acknowledged.
 #   What a client has typed may not: a stock server aborts when a state holds less than one before. So that is repeated
-#   word for word, beginning with another fragment each time, after waits that double; all else waits, or it would end
-#   the assembly.
+#   word for word, beginning with another fragment each time, at first at once, since chance may have lost it, then
+#   spread over half of the time since. All else waits, or it would end the assembly, acks too, and a search for the
+#   peer does not begin it anew.
 # - Nothing: as long as no ack comes, the interval grows to a third of the wait, up to ACK_INTERVAL_MS. It stretches
 #   the pacing as well, so frames to a peer that is out of reach become rare, and keys, which are cheap, do not: they go
 #   again every QUICK_RESEND_MS for a while, a tenth as often as with stock. Most tunnels are that short, and nothing
@@ -1085,6 +1088,14 @@ class LargeDiffs:
         if self.tries >= PART_TRIES and now - self._since >= max(PART_PATIENCE_MS, 2 * patience_ms):
             self.limit_bytes = PART_BYTES
 
+    def lost_ms(self, now: int) -> int:
+        """Return for how long one has been tried in vain."""
+        return now - self._since
+
+    def excuse(self, now: int) -> None:
+        """That it was in vain until now was the fault of an outage."""
+        self._since = now
+
     def forgive(self) -> None:
         """Nothing arrives, large or small, or there is nothing behind what is sent now."""
         self.tries, self.limit_bytes = 0, DIFF_LIMIT_BYTES
@@ -1184,9 +1195,6 @@ class Sender(Generic[Local]):
         interval = self._interval_ms(sent_at)
         if not self._round_trip.measured:
             return interval
-        if self._to_repeat is not None:  # large, and its tries may be piling up in a buffer: the wait doubles
-            waited_ms = sent_at - (self._unacked_since or sent_at)
-            return max(interval, self.patience_ms, min(ACK_INTERVAL_MS, waited_ms))
         lossy = self._arrivals.lost_count >= LOSSY_COUNT
         if self._last_diff_bytes <= QUICK_DIFF_BYTES:
             if lossy and self._copies < LOSSY_COPIES:
@@ -1204,6 +1212,12 @@ class Sender(Generic[Local]):
             assumed = entry
         return assumed
 
+    def spread_ms(self, now: int) -> int:
+        """Return over how long to spread the fragments of a large instruction that is sent now."""
+        is_slow = self._to_repeat is not None and now - self._heard_at <= OUTAGE_MS
+        slow_ms = (self._large.lost_ms(now) - PART_PATIENCE_MS) // 2 if is_slow else 0
+        return max(self._round_trip.frame_interval_ms, min(ACK_INTERVAL_MS, slow_ms))
+
     def charge(self, diff: bytes, size: int, now: int) -> None:
         """An instruction with `diff` has gone out, as datagrams of `size` bytes in all."""
         paid = (now - self._debt_at) * PACING_BYTES / self._interval_ms(self._debt_at)
@@ -1218,7 +1232,8 @@ class Sender(Generic[Local]):
 
     def hurry(self, now: int) -> None:
         """One of the ends may have moved: send at once what surely applies there, as a state of its own, so that the
-        peer takes it for news even if it has heard the contents before, and resends what it has for us.
+        peer takes it for news even if it has heard the contents before, and resends what it has for us. But what is
+        large and lost is only repeated: it will hardly have been heard, and a new number would end its assembly.
         """
         self._next_ack_at = min(self._next_ack_at, now)
         self.hurried = True
@@ -1342,13 +1357,14 @@ class Sender(Generic[Local]):
     def _sent_again(self, now: int) -> None:
         self.sent[-1].at = now
         self._copies += 1
-        self._next_ack_at, self._next_send_at, self._resend_now = now + ACK_INTERVAL_MS, None, False
+        self._next_ack_at, self._next_send_at = now + ACK_INTERVAL_MS, None
+        self._resend_now = self.hurried = False
 
     @property
     def _to_repeat(self) -> Instruction | None:
         """What to repeat word for word until it is acknowledged, if anything; the rest waits, acks included."""
         ends = self.shutdown_at is not None or self.ack_num == LAST_STATE_NUM
-        return None if self.hurried or ends else self._lost
+        return None if ends else self._lost
 
     # -- acks in
 
@@ -1367,6 +1383,8 @@ class Sender(Generic[Local]):
 
         `unprompted`: see DatagramLayer.
         """
+        if now - self._heard_at > OUTAGE_MS:
+            self._large.excuse(now)
         self._heard_at = now
         if now - self.sent[-1].at >= self._round_trip.rto_ms:
             self.resend()
@@ -1386,7 +1404,8 @@ class Sender(Generic[Local]):
         self._resend_now = self.current != self.sent[0].state
 
     def train_left(self, now: int) -> None:
-        """The last datagram of the last instruction has been sent only now: an ack cannot come sooner."""
+        """The last datagram of the last instruction has been sent only now: no ack could come, whoever was heard."""
+        self._resend_now = False
         self._next_ack_at += now - self.sent[-1].at
         self.sent[-1].at = now
 
@@ -1489,6 +1508,8 @@ class Transport(Generic[Local, Remote]):
             sender.release()
         if self.receiver.receive(instruction, now):
             sender.ack_num = instruction.new_num
+            if sender.ack_num == LAST_STATE_NUM:
+                self._train.clear()  # the peer waits for one ack only
             unproven = self.datagrams.allowance_bytes is not None  # an address that a probe shall prove soon
             sender.data_ack_due = sender.data_ack_due or unproven or bool(instruction.diff)
             if self.phase is Phase.CONNECTING:
@@ -1552,7 +1573,7 @@ class Transport(Generic[Local, Remote]):
         self._train_mtu_bytes, self._train_ack_num = mtu.bytes, instruction.ack_num
         self._train_num = instruction.new_num
         late = max(1, len(fragments) - BURST_DATAGRAMS + 1)
-        interval = self.datagrams.round_trip.frame_interval_ms
+        interval = self.sender.spread_ms(now)
         self._train.extend(
             (now + max(0, i - BURST_DATAGRAMS + 1) * interval // late, fragment) for i, fragment in enumerate(fragments)
         )
@@ -1600,6 +1621,7 @@ class Transport(Generic[Local, Remote]):
         if self.sender.shutdown_at is None and self.phase is not Phase.CLOSED:
             self.sender.shutdown_at = now
             self.phase = Phase.CLOSING
+            self._train.clear()  # the last state comes at once, and holds all of it
             self.sender.update_timers(now)
 
     def _close(self, clean: bool) -> None:

@@ -220,6 +220,15 @@ def test_what_is_sent_again_in_several_pieces_keeps_its_id_and_a_single_one_does
     assert (first == second) == (ids == [1, 1])
 
 
+@pytest.mark.parametrize("size", range(0, 4_000, 90))
+def test_every_piece_comes_first_before_one_does_so_again(size: int) -> None:
+    """Of a long train a short queue takes only the first ones."""
+    fragmenter, instruction = mosh.Fragmenter(), mosh.Instruction(1, 2, 3, 4, _incompressible(size + 100))
+    count = len(fragmenter.fragments_of_retry(instruction, 100))
+    first = [fragmenter.fragments_of_retry(instruction, 100)[0].num for _ in range(count)]
+    assert count > 1 and sorted(first) == list(range(count))
+
+
 @pytest.mark.parametrize("diff", [bytes(mosh.INSTRUCTION_LIMIT_BYTES), _incompressible(mosh.INSTRUCTION_LIMIT_BYTES)])
 def test_an_instruction_beyond_the_limit_is_not_sent(diff: bytes) -> None:
     with pytest.raises(mosh.ProtocolError):

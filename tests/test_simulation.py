@@ -152,6 +152,17 @@ def test_a_paste_arrives_over_a_narrow_link_though_acks_of_output_are_due(sim: S
     assert sim.server.program.received == sim.client.typed
 
 
+@pytest.mark.parametrize("loss", [0, 0.1])
+def test_a_paste_much_larger_than_the_buffer_of_a_narrow_link_arrives(sim: Simulation, loss: float) -> None:
+    sim.client.type("quiet\r")
+    sim.run(ms=2_000)
+    sim.link.rate_bytes_per_s, sim.link.buffer_bytes, sim.link.loss = 40_000, 4_000, loss
+    data = bytes(sim.random.choices(range(0x21, 0x7F), k=90_000))
+    for i in range(0, len(data), mosh.KEYBOARD_READ_BYTES):
+        sim.client.type(data[i : i + mosh.KEYBOARD_READ_BYTES])
+    sim.run_until(lambda: sim.server.program.received == sim.client.typed, limit_ms=30_000)
+
+
 def test_repeats_of_what_has_arrived_double_no_key(sim: Simulation) -> None:
     """The server has the paste and its acks are lost, so the client takes its path for narrow."""
     sim.client.type("quiet\r")

@@ -665,6 +665,66 @@ def test_a_large_paste_that_is_lost_is_repeated_word_for_word_while_all_else_wai
     assert (ack, diff) == (20, NOISE[40_000 : 40_019])
 
 
+def test_a_large_paste_that_is_lost_is_not_begun_anew_by_a_search() -> None:
+    """That would end its assembly three times, and again with each search."""
+    peer = _connected(rtt_ms=100)
+    peer.transport.sender.may_step_back = False
+    peer.transport.set_current(Pasted(NOISE[:40_000]), now=peer.now)
+    heard = [each[1:] for each in peer.listen(until=1_700)]
+    peer.transport.hurry(peer.now)
+    ((_, *repeat),) = peer.listen(until=1_760)  # else it would be due in a tenth of a second
+    assert tuple(repeat) == heard[-1] == heard[-2]
+    assert len(peer.listen(until=peer.now + 1_000)) < 5  # it is not in a hurry for ever
+
+
+def _departures(peer: Peer, until: int) -> list[int]:
+    """Return when each datagram leaves, up to and including `until`."""
+    departures = []
+    while peer.now <= until:
+        departures += [peer.now] * len(peer.transport.datagrams_to_send(peer.now))
+        peer.now = peer.transport.next_timeout() or until
+    peer.now = until
+    return departures
+
+
+def _lose_a_paste(until: int, *, heard_until: int) -> Peer:
+    """Return a peer that has not heard a paste of 40,000 until then, and is heard each 300 ms until `heard_until`."""
+    peer = _connected(rtt_ms=100)
+    peer.transport.sender.may_step_back = False
+    peer.transport.set_current(Pasted(NOISE[:40_000]), now=peer.now)
+    for num, now in enumerate(range(1_300, until, 300), start=10):
+        _departures(peer, now)
+        if now <= heard_until:
+            peer.say(1, num, ack=1)
+    return peer
+
+
+def test_what_has_been_lost_for_long_leaves_slowly_and_whoever_is_heard_meanwhile() -> None:
+    """A queue may be short: what arrives at the speed of the link is not lost there."""
+    peer = _lose_a_paste(6_000, heard_until=6_000)
+    departures = _departures(peer, 10_000)
+    pieces = -(-40_000 // 460)
+    gaps = sorted(later - at for at, later in zip(departures, departures[1:]))
+    assert gaps[len(gaps) // 2] > 1_000 // pieces and len(departures) < 4 * pieces
+
+
+def test_a_client_that_leaves_does_not_wait_for_what_leaves_slowly() -> None:
+    peer = _lose_a_paste(6_000, heard_until=6_000)
+    _departures(peer, peer.transport.sender.next_timeout() + 20)
+    peer.hear()
+    peer.transport.start_shutdown(peer.now)
+    assert [num for _, _, num, *_ in peer.listen(until=peer.now + 100)] == [LAST]
+
+
+@pytest.mark.parametrize("at", [-10, 400], ids=["before a try", "after its beginning"])
+def test_after_an_outage_a_lost_paste_leaves_at_once(at: int) -> None:
+    peer = _lose_a_paste(60_000, heard_until=2_000)
+    _departures(peer, peer.transport.sender.next_timeout() + at)
+    peer.say(1, 1_000, ack=1)
+    departures = _departures(peer, peer.now + 1_000)
+    assert departures[-1] - departures[0] < 1_000 and departures[50] - departures[0] <= 50
+
+
 def test_a_client_that_leaves_does_not_wait_for_what_is_lost() -> None:
     peer = _connected(rtt_ms=100)
     peer.transport.sender.may_step_back = False
@@ -678,7 +738,7 @@ def test_a_client_that_is_left_says_goodbye_though_a_paste_is_lost() -> None:
     peer.transport.sender.may_step_back = False
     _hear_of_a_paste(peer)
     peer.say(12, LAST, ack=1)
-    (heard,) = peer.listen(until=peer.now + 10_000)
+    (heard,) = peer.listen(until=peer.now + 200)
     assert heard[3] == LAST and peer.transport.phase is Phase.CLOSED
 
 
