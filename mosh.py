@@ -4566,10 +4566,14 @@ class NotificationBar:
         if self.tells_network_error and self._expires_at is not None:
             self._expires_at = min(self._expires_at, now + MESSAGE_MS)
 
-    def text(self, now: int, width: int = BAR_LIMIT) -> str:
-        """Return the line, empty if nothing is to be shown. Where it is too long, how to quit outlasts for how long."""
+    def expire(self, now: int) -> None:
+        """Drop a message whose time is over."""
         if self._expires_at is not None and now >= self._expires_at:
             self.set_message("", now, permanent=True)
+
+    def text(self, now: int, width: int = BAR_LIMIT) -> str:
+        """Return the line, empty if nothing is to be shown. Where it is too long, how to quit outlasts for how long."""
+        self.expire(now)
         server_late = now - self.last_heard_at > SERVER_LATE_MS
         reply_late = now - self.last_acked_at > REPLY_LATE_MS
         late = server_late or reply_late
@@ -5300,6 +5304,7 @@ class ClientCore:
             self.transport.start_shutdown(now)
 
     def _update_notices(self, now: int) -> None:
+        self.bar.expire(now)
         waited_ms = now - self._started_at
         if self.phase is not Phase.CONNECTING:
             return

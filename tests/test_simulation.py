@@ -370,6 +370,16 @@ def test_a_client_that_hears_nothing_says_so_and_gives_up(sim: Simulation) -> No
     assert [sent.at for sent in sim.sent(mosh.TO_SERVER)][:6] == [0, 250, 500, 750, 1_000, 1_250]
 
 
+def test_a_network_error_that_is_over_gives_way_to_the_notice_at_once(sim: Simulation) -> None:
+    sim.link.blocked = {mosh.TO_SERVER, mosh.TO_CLIENT}
+    sim.run(ms=300)
+    sim.client.core.note_icmp_error(SERVER_ADDRESS, "Connection refused", sim.client.now)
+    sim.run(ms=mosh.NETWORK_ERROR_MS - 1)
+    assert "refused" in sim.client.seen.text
+    sim.run(ms=1)
+    assert "Nothing received from server" in sim.client.seen.text
+
+
 def test_the_notice_goes_when_the_server_answers_after_all(sim: Simulation) -> None:
     sim.blackout(ms=2_900)
     sim.run(ms=2_000)
