@@ -976,9 +976,9 @@ class FragmentAssembly:
 # - A large diff that is not acknowledged though the peer is heard: on a narrow path with a short queue fragments are
 #   lost each time, and always the same ones. Then the state goes by parts, each when the last one is acknowledged.
 #   What a client has typed may not: a stock server aborts when a state holds less than one before. So that is repeated
-#   word for word, beginning with another fragment each time, after waits that double: at first in a burst, since chance
-#   may have lost it, then spread over half of the time since. All else waits, or it would end the assembly, acks too,
-#   and a search for the peer does not begin it anew.
+#   word for word, beginning with another fragment each time, after waits that grow by half: at first in a burst, since
+#   chance may have lost it, then spread over half of the time since. All else waits, or it would end the assembly,
+#   acks too, and a search for the peer does not begin it anew.
 # - Nothing: as long as no ack comes, the interval grows to a third of the wait, up to ACK_INTERVAL_MS. It stretches
 #   the pacing as well, so frames to a peer that is out of reach become rare, and keys, which are cheap, do not: they go
 #   again every QUICK_RESEND_MS for a while, a tenth as often as with stock. Most tunnels are that short, and nothing
@@ -1195,9 +1195,9 @@ class Sender(Generic[Local]):
         interval = self._interval_ms(sent_at)
         if not self._round_trip.measured:
             return interval
-        if self._to_repeat is not None:  # large, and its tries may be piling up in a buffer: the wait doubles
+        if self._to_repeat is not None:  # large, and its tries may be piling up in a buffer: each waits longer
             waited_ms = sent_at - (self._unacked_since or sent_at)
-            return max(interval, self.patience_ms, min(ACK_INTERVAL_MS, waited_ms))
+            return max(interval, self.patience_ms, min(ACK_INTERVAL_MS, waited_ms // 2))
         lossy = self._arrivals.lost_count >= LOSSY_COUNT
         if self._last_diff_bytes <= QUICK_DIFF_BYTES:
             if lossy and self._copies < LOSSY_COPIES:

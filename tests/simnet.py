@@ -39,7 +39,8 @@ WIDTH, HEIGHT = 60, 12
 UDP_HEADERS_BYTES = 28
 STOCK_ACTIVE_RETRY_MS = 10_000  # stock mosh resends at its frame rate for so long after it heard something new
 QUEUED_DATAGRAMS = 200  # what a kernel keeps for a process that sleeps
-IN_FLIGHT_BYTES = 40_000  # on the way in one direction, beside what the largest instruction took
+IN_FLIGHT_BYTES = 40_000  # on the way in one direction, beside what the largest instruction took,
+TRIES_IN_FLIGHT = 5  # as often as it goes out before the first ack of a path that has become 20 times as long
 HELD_BACK_MS = 300  # how much later a reordered datagram comes
 TRAIN_LIMIT = 200  # fragments of what the sessions here type and show
 ECHO_LIMIT = 100  # user states within the time of an echo ack
@@ -522,7 +523,7 @@ class Invariants:
         instruction = self._assemblies[direction].add(fragment)
         if instruction is not None:
             self._check_instruction(direction, instruction)
-        limit = IN_FLIGHT_BYTES + 4 * self._largest_bytes[direction]
+        limit = IN_FLIGHT_BYTES + TRIES_IN_FLIGHT * self._largest_bytes[direction]
         self.require(self.in_flight[direction] <= limit, f"{self.in_flight[direction]} bytes are in flight")
 
     def _check_instruction(self, direction: int, new: mosh.Instruction) -> None:
