@@ -6638,15 +6638,20 @@ class Terminfo:
         self.colors = curses.tigetnum("colors")
 
 
+def terminal_modes() -> list[Any]:
+    """Return the modes of the user's terminal. Raises BootstrapError if stdin is none."""
+    try:
+        return termios.tcgetattr(0)
+    except termios.error:
+        raise BootstrapError("standard input is not a terminal; mosh needs one to run in") from None
+
+
 class RawTerminal:
     """The user's terminal in raw mode, between `enter` and `leave`; a context manager that always leaves."""
 
     def __init__(self, terminfo: Terminfo, init: bool = True) -> None:
         """`init` False: without the alternate screen. Raises BootstrapError if stdin is no terminal."""
-        try:
-            self._saved = termios.tcgetattr(0)
-        except termios.error:
-            raise BootstrapError("standard input is not a terminal; mosh needs one to run in") from None
+        self._saved = terminal_modes()
         self._open = (terminfo.open if init else b"") + b"\x1b[?1h"
         self._close = _CLOSE_SEQUENCES + (terminfo.close if init else b"")
         self._entered = False
@@ -7139,7 +7144,10 @@ def receive():
     mark, data, size = token.encode() + b" ", b"", None
     step = 8192
     while size is None or len(data) < size:
-        chunk = os.read(0, 65536)
+        try:
+            chunk = os.read(0, 65536)
+        except OSError:
+            chunk = b""
         if not chunk:
             fail("cut")
         data += chunk
@@ -7233,8 +7241,8 @@ _PUSH = (
     _REPORT_ADDRESS + f"for p in {_PYTHONS}; do command -v $p >/dev/null 2>&1 || continue; "
     "$p -X no_debug_ranges "
     '-ISc "import sys,zlib;a=sys.argv;exec(zlib.decompress(bytes.fromhex(str().join(a[4:4+int(a[3])]))))" "$@"; '
-    f'r=$?; case $r in {_NEXT_PYTHON}|126|127) ;; 1) $p -ISc "import zlib" 2>/dev/null && exit 1;; '
-    f'{NO_CIPHER}) echo; echo "$1 NOCIPHER $p";; *) exit $r;; esac; done; '
+    f'r=$?; case $r in 0) exit;; {_NEXT_PYTHON}) ;; {NO_CIPHER}) echo; echo "$1 NOCIPHER $p";; '
+    '*) $p -ISc "import zlib" 2>/dev/null && exit $r;; esac; done; '
     "t=$1; shift $(($3+3)); " + _FIND_STOCK
 )
 _FIND_SERVER = (
@@ -7255,17 +7263,21 @@ _SILENT = (
     "{host} let us in, but has said nothing for {seconds} s. Does a start-up file of the login shell there (.bashrc, "
     ".zshenv ...) wait for input, or is the machine that slow? Try: ssh {host} echo hello"
 )
-_RESTRICTED = "the login shell of {host} is restricted and cannot run sh; --server=COMMAND names what it can"
+_RESTRICTED = (
+    "the login shell of {host} cannot run sh: it is restricted, or a start-up file spoils PATH; --server=COMMAND names "
+    "what it can run"
+)
 _OTHER_COMMAND = (
-    "{host} let us in, but did not run what mosh asked for: a forced command for this key (command= or ForceCommand), "
-    "or a login shell that is none; what it said is above"
+    "{host} let us in, but did not run what mosh asked for: a start-up file that ends or replaces the login shell "
+    "there (exit, exec), a login shell that is none, or a forced command for this key. Try: ssh {host} echo hello"
 )
 _PORT_HINT = " (-p is the UDP port of mosh; a port for ssh goes into --ssh='ssh -p PORT')"
+_REMOTE_COMMAND_HINT = " (its configuration has a RemoteCommand: add --ssh='ssh -o RemoteCommand=none')"
 # Why a host that lacks nothing else has no server for us: what it said, exit status, text. The first that applies.
 _OBSTACLES = (
     ("FAIL", BAD_CHECKSUM,
      "the program arrived damaged on {host} ({0}), and nothing was started; does a start-up file of the login shell "
-     "there read what is meant for mosh?"),
+     "there read or close what is meant for mosh?"),
     ("NOCIPHER", NO_CIPHER,
      "{host} has no AES-OCB for its Python ({0}; FIPS mode?) and no mosh-server; install the package mosh there, or "
      "python3-cryptography"),
@@ -7715,8 +7727,12 @@ class Login:
                 if kind in said:
                     words = said[kind].groups()
                     raise BootstrapError(text.format(*words, host=host), code)
-        if status == 255:  # what ssh ends with when it was ssh that failed
+        if status < 0:
+            raise BootstrapError(f"signal {-status} ended ssh, which was logging in to {host}", 128 - status)
+        if status == 255 and not said:  # what ssh ends with when it was ssh that failed
             hint = _PORT_HINT if self._options.ports else ""
+            if self._ssh_settings().get("remotecommand", "none") != "none":
+                hint = _REMOTE_COMMAND_HINT
             raise BootstrapError(f"ssh could not log in to {host}; its own words are above{hint}", status)
         if status in (126, 127) and self._options.server and "SERVER" in said:
             raise BootstrapError(f"{host} cannot run {self._options.server!r}: see --server", SERVER_NOT_FOUND)
@@ -7765,18 +7781,23 @@ class Login:
             lookup.close()
         return preferred_first(found, self._options.family)
 
-    def _looked_up_name(self) -> str:
-        """Return the host name that ssh's configuration gives, and note whether it leads there by a proxy."""
+    def _ssh_settings(self) -> dict[str, str]:
+        """Return what ssh's configuration says of the host, empty if that is not known. Can be asked once."""
         import subprocess
 
-        assert self._config_query is not None
+        if self._config_query is None:
+            return {}
         try:
             output, _ = self._config_query.communicate(timeout=_SSH_ADDRESS_WAIT_S)
         except subprocess.TimeoutExpired:
             self._config_query.kill()
-            return ""
+            return {}
         lines = (line.partition(" ") for line in output.decode("utf-8", "replace").splitlines())
-        settings = {word.lower(): value.strip() for word, _, value in lines}
+        return {word.lower(): value.strip() for word, _, value in lines}
+
+    def _looked_up_name(self) -> str:
+        """Return the host name that ssh's configuration gives, and note whether it leads there by a proxy."""
+        settings = self._ssh_settings()
         self._has_proxy = any(settings.get(word, "none") != "none" for word in ("proxyjump", "proxycommand"))
         return settings.get("hostname") or self._options.host.rpartition("@")[2]
 
@@ -8094,8 +8115,8 @@ def wrapper_main(words: Sequence[str]) -> int:
         return fake_proxy(host, parse_port(port_text, "--fake-proxy: bad port"), arguments.family)
     client_options = _client_options(arguments.predict, arguments.overwrite, arguments.init)
     login_options = _login_options(arguments)
+    terminal_modes()  # it is better to learn now than after the login that this is no terminal
     terminfo = Terminfo(os.environ.get("TERM", ""))
-    RawTerminal(terminfo)  # it is better to learn now than after the login that this is no terminal
     _be_ready_for_signals()
     login = Login(login_options, terminfo.colors)
     try:
@@ -8262,6 +8283,17 @@ def _asks_for_text(words: Sequence[str], program: str) -> bool:
     return False
 
 
+def _run(role: str, words: Sequence[str]) -> int:
+    """Be the server, the client or, without a role, the wrapper. Returns the exit status."""
+    if role and _asks_for_text(words, role):
+        return 0
+    if role == "mosh-server":
+        return serve(_parse_server(words))
+    if role == "mosh-client":
+        return client_main(words)
+    return wrapper_main(words)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program. Returns its exit status; every error has become one clear text."""
     open_standard_descriptors()
@@ -8272,13 +8304,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not role and words and words[0] in ("server", "client"):
         role = "mosh-" + words.pop(0)
     try:
-        if role and _asks_for_text(words, role):
-            return 0
-        if role == "mosh-server":
-            return serve(_parse_server(words))
-        if role == "mosh-client":
-            return client_main(words)
-        return wrapper_main(words)
+        try:
+            return _run(role, words)
+        finally:
+            sys.stdout.flush()  # here, where it may fail
     except UsageError as error:
         if role:
             _complain(str(error), role)

@@ -346,6 +346,15 @@ def test_the_stager_passes_every_login_shell(shell: str, far_path: Path, home: P
         assert [line.split()[1] for line in marked] == ["ADDRESS", *(["NEED"] if needs else []), "SERVER"]
 
 
+@pytest.mark.parametrize("end", ["exit 1", "exit 2", "exit 127", "kill -SEGV $$"])
+def test_a_python_that_runs_nothing_is_followed_by_the_next(end: str, far_path: Path, home: Path) -> None:
+    """One that is broken, or is another program: an old version, a shim that finds none, a script that explains."""
+    _install(far_path / "python3", f"#!/bin/sh\n{end}\n")
+    (far_path / "python3.14").symlink_to(sys.executable)
+    finished = _stage("sh", far_path, home)
+    assert finished.returncode == 0 and b"SERVER" in finished.stdout
+
+
 @pytest.mark.parametrize("python", build_zipapp.choose_interpreters(None, ">=3.9"), ids=str)
 def test_any_python_compiles_keeps_and_runs_the_program(
     python: build_zipapp.Interpreter, far_path: Path, home: Path
@@ -611,6 +620,8 @@ print({int(socket.AF_INET)}, '192.0.2.7', 60001)
 
 FAILURES: list[tuple[str, int, str]] = [
     ("exit 255", 255, "ssh could not log in to there"),
+    ("kill -KILL $$", 137, "signal 9 ended ssh"),
+    (STARTS + "exit 255", 255, "the server on there did not start"),
     ("exit 0", mosh.OTHER_COMMAND, "did not run what mosh asked for"),
     (f"echo 'MOSH CONNECT 60001 {KEY}'", mosh.OTHER_COMMAND, "did not run what mosh asked for"),
     ("exit 127", mosh.RESTRICTED_SHELL, "restricted"),
@@ -680,6 +691,14 @@ def test_who_gave_a_udp_port_for_sshs_is_told(ports: str, tmp_path: Path) -> Non
     with pytest.raises(mosh.BootstrapError) as error:
         _run_login(LOOKUP + "exit 255", tmp_path, ports=ports)
     assert ("--ssh='ssh -p PORT'" in str(error.value)) == bool(ports)
+
+
+@pytest.mark.parametrize("command", ["none", "tmux new -A"])
+def test_a_remote_command_of_the_configuration_is_told(command: str, tmp_path: Path) -> None:
+    settings = f'[ "$1" = -G ] && {{ echo "remotecommand {command}"; exit; }}\n'
+    with pytest.raises(mosh.BootstrapError) as error:
+        _run_login(settings + "exit 255", tmp_path)
+    assert ("--ssh='ssh -o RemoteCommand=none'" in str(error.value)) == (command != "none")
 
 
 def test_an_ssh_that_does_not_exist_is_named(tmp_path: Path) -> None:

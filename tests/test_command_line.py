@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import signal
@@ -152,17 +153,21 @@ def test_without_a_terminal_it_says_so_before_any_login(run: Run, tmp_path: Path
     assert (finished.returncode, finished.stdout) == (1, "")
     assert finished.stderr == "mosh: standard input is not a terminal; mosh needs one to run in\n"
     assert not trace.exists()
+    assert run("host", TERM=None).stderr == finished.stderr, "a job of cron is told to set TERM, which will not help"
 
 
 @pytest.mark.parametrize(("term", "named"), [
     (None, "unset"), ("", "unset"), ("no-such-terminal", "no-such-terminal"), ("../../etc/passwd", "etc/passwd"),
     ("x" * 5000, "xxx"), ("caf\u00e9", "caf"), (os.fsdecode(b"\xff"), "TERM"),
 ])  # fmt: skip
-@pytest.mark.parametrize("words", [["host"], ["client", "-c"]], ids=" ".join)
-def test_an_unknown_terminal_is_named(run: Run, words: list[str], term: str | None, named: str) -> None:
-    finished = run(*words, TERM=term)
+def test_an_unknown_terminal_is_named(run: Run, home: Path, term: str | None, named: str) -> None:
+    finished = run("client", "-c", TERM=term)
     assert finished.returncode == 1 and finished.stderr.startswith("mosh: ") and finished.stderr.count("\n") == 1
     assert named in finished.stderr
+    environ = {**session_env(home), **({} if term is None else {"TERM": term})}
+    with on_a_terminal([*ours_command(), "host"], environ) as program:
+        assert program.wait() == 1
+    assert program.output.decode("utf-8", "replace") == finished.stderr.replace("\n", "\r\n")
 
 
 def test_an_unknown_crypto_backend_is_named(run: Run) -> None:
@@ -549,6 +554,17 @@ def test_the_server_goes_on_after_an_unknown_option(capfd: pytest.CaptureFixture
     assert _parse("new", "-z", "-c", "8").colors == 8
     complaint = capfd.readouterr().err
     assert "unknown option -z" in complaint and "usage: mosh-server new" in complaint
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no file that is always full")
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["server", "--help"], ["client", "-c"]], ids=" ".join)
+def test_what_cannot_be_printed_ends_in_one_line(home: Path, words: list[str]) -> None:
+    environ = {**session_env(home), "TERM": "xterm-256color"}
+    with Path("/dev/full").open("w") as full:
+        finished = subprocess.run(
+            [*ours_command(), *words], env=environ, stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert (finished.returncode, finished.stderr) == (1, f"mosh: {os.strerror(errno.ENOSPC)}\n")
 
 
 @pytest.mark.parametrize("option", ["--help", "--version"])

@@ -515,6 +515,21 @@ def test_a_start_up_file_that_eats_all_input_ends_in_one_line(far: FarHost) -> N
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(("text", "status", "named"), [
+    ("exit 3", mosh.OTHER_COMMAND, "a start-up file that ends"),
+    ("exec true", mosh.OTHER_COMMAND, "replaces the login shell"),
+    ("exec <&-", mosh.BAD_CHECKSUM, "or close what is meant for mosh"),
+])  # fmt: skip
+def test_a_start_up_file_that_leaves_nothing_to_us_is_explained(
+    text: str, status: int, named: str, far: FarHost, capfd: pytest.CaptureFixture[str]
+) -> None:
+    far.has_python()
+    far.install("true", "exit 0")
+    (far.home / ".bashrc").write_text(f"{text}\n", encoding="utf-8")
+    expect_failure(far, status, named)
+    assert capfd.readouterr().err == ""
+
+
 # -- ssh's own configuration -----------------------------------------------------------------------------------
 
 
@@ -529,6 +544,13 @@ def test_an_alias_a_match_and_a_request_for_a_terminal(far: FarHost) -> None:
                        f"Host nick\n    IdentityFile {far.sshd.config.parent}/client_key\n"
                        f"    UserKnownHostsFile {far.sshd.config.parent}/known_hosts\n")  # fmt: skip
     assert start_server(far, host="nick").address == "127.0.0.1"
+
+
+def test_a_remote_command_of_the_configuration_is_told(far: FarHost) -> None:
+    far.has_python()
+    add_to_config(far, "RemoteCommand tmux new -A -s main\n")
+    expect_failure(far, 255, "RemoteCommand=none")
+    assert start_server(far, ssh=[*far.sshd.ssh, "-o", "RemoteCommand=none"]).complete
 
 
 def test_a_port_in_the_ssh_option(far: FarHost) -> None:
