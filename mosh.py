@@ -5082,8 +5082,8 @@ class ClientCore:
         )
         self._started_at = now
         self._port = port
-        self.icmp_error = ""  # the newest that counts
-        self._quotes_icmp = False  # the newest network error is one of these
+        self.network_error = ""  # the newest, until something has been sent; leaving makes errors of its own
+        self._quotes_icmp = False  # it is what a host or router said
         self.transport.sender.may_step_back = False  # a stock server would abort
         # the user's keys
         self._escape_key = escape_key or EscapeKey(None)
@@ -5133,12 +5133,15 @@ class ClientCore:
     def note_network_error(self, text: str, now: int) -> None:
         """Tell the user that sending fails, unless something more important is being said."""
         self._quotes_icmp = False
-        if self.phase in (Phase.CONNECTING, Phase.CONNECTED) and not self._in_command:
-            self.bar.set_network_error(text, now)
+        if self.phase in (Phase.CONNECTING, Phase.CONNECTED):
+            self.network_error = text
+            if not self._in_command:
+                self.bar.set_network_error(text, now)
 
     def note_sending_works(self, now: int) -> None:
         """The system has sent a datagram; what others say of it comes later."""
         if not self._quotes_icmp:
+            self.network_error = ""
             self.bar.network_works(now)
 
     def note_icmp_error(self, target: Address, text: str, now: int) -> None:
@@ -5147,7 +5150,6 @@ class ClientCore:
         Anybody on the way could have said it, so it counts only while no datagram is answered, and ends nothing.
         """
         if self.roaming.searching and target == self.roaming.candidates[0]:
-            self.icmp_error = text
             self.note_network_error(f"UDP port {self._port}: {text}", now)
             self._quotes_icmp = True
 
@@ -7015,7 +7017,7 @@ def run_client(
         client.close()
     if core.is_connecting:
         places = " or ".join(f"{candidate}:{port}" for candidate in candidates)
-        instead = f', but "{core.icmp_error}"' if core.icmp_error else ""
+        instead = f', but "{core.network_error.rpartition(": ")[2]}"' if core.network_error else ""
         print(_NO_ANSWER.format(places=places, port=port, instead=instead), file=sys.stderr)
     elif not core.transport.clean:
         print(_UNCLEAN, file=sys.stderr)
@@ -7025,10 +7027,12 @@ def run_client(
 
 _NO_ANSWER = """
 mosh did not make a successful connection to {places}.
-No answer came on UDP port {port}{instead}. The usual causes:
+No answer came on UDP port {port}{instead}.
+The usual causes:
   1. A firewall at the server keeps UDP out: open ports 60001-60999 there, or
      choose one that is open with -p PORT.
-  2. The network that you are on lets no UDP out: try another one.
+  2. A firewall here, or the network that you are on, lets no UDP out: try
+     another network.
   3. The server is behind a router or jump host that passes only ssh's port
      on: have the UDP port passed on too.
 """

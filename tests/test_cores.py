@@ -434,6 +434,21 @@ def test_what_a_host_says_of_our_datagrams_is_told_while_none_is_answered(sim: S
     assert core.phase is Phase.CONNECTED
 
 
+def test_what_leaving_brings_about_is_not_why_there_was_no_answer() -> None:
+    """A server that is heard by nobody obeys the client that leaves, and so its port is closed."""
+    client = _client()
+    client.note_network_error("sendto: Operation not permitted", now=100)
+    assert client.network_error
+    client.note_sending_works(now=200)
+    assert client.network_error == ""
+    (server,) = client.roaming.candidates
+    client.note_icmp_error(server, "No route to host", now=300)
+    client.note_sending_works(now=300)
+    client.start_shutdown("Timed out waiting for server...", now=15_000)
+    client.note_icmp_error(server, "Connection refused", now=15_100)
+    assert client.network_error.endswith("No route to host")
+
+
 def test_what_a_host_says_is_told_until_the_session_goes_on_and_no_longer(sim: Simulation) -> None:
     core = sim.client.core
     sim.blackout(ms=5_000)
