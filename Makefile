@@ -106,7 +106,8 @@ $(VENV)/bin/python:
 	    exit 1; }
 
 $(VENV)/.wcwidth: tests/requirements.txt | $(VENV)/bin/python
-	@$(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --constraint tests/requirements.txt wcwidth
+	@$(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --constraint tests/requirements.txt wcwidth \
+	    || { echo "make: pip cannot get the package wcwidth; without a network, install it for $(PYTHON)" >&2; exit 1; }
 	@touch $@
 
 $(VENV)/.tools: tests/requirements.txt | $(VENV)/bin/python

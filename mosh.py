@@ -7400,7 +7400,7 @@ def remote_command(options: LoginOptions, arguments: Sequence[str], token: str, 
 
 
 _ANNOUNCEMENTS = {  # what follows the token: a word that says what the line is, and then
-    "ADDRESS": r"\S+ \S+ (\S+) \S+",  # client's address and port, server's address and port
+    "ADDRESS": r"(.*)",  # what it has as SSH_CONNECTION: client's address and port, server's address and port
     "OLD": r"(\S+) (.*)",  # version and path of a Python that is too old
     "PARTIAL": r"(\S+) (.*)",  # version and path of one without its standard library
     "NOCIPHER": r"(.+)",  # name of one that our server found no AES-OCB with
@@ -7426,7 +7426,8 @@ class Announcement:
     @property
     def address(self) -> str:
         """Where the login got to, empty if unknown: what the host saw counts unless our own proxy knows better."""
-        return self.proxy_address or (self.said["ADDRESS"][1] if "ADDRESS" in self.said else "")
+        words = self.said["ADDRESS"][1].split() if "ADDRESS" in self.said else []
+        return self.proxy_address or (words[2] if len(words) == 4 else "")
 
     @property
     def complete(self) -> bool:

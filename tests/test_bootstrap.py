@@ -50,7 +50,7 @@ def test_a_starting_server_says_where_it_is() -> None:
 # -- lines -----------------------------------------------------------------------------------------------------
 
 OURS = [
-    ("ADDRESS fe80::1 50000 fe80::9 22", ("fe80::9",)),
+    ("ADDRESS fe80::1 50000 fe80::9 22", ("fe80::1 50000 fe80::9 22",)),
     ("SERVER python3 /home/me/mosh.pyz", ("python3 /home/me/mosh.pyz",)),
     ("OLD 3.6.8 /usr/bin/python3", ("3.6.8", "/usr/bin/python3")),
     ("PARTIAL 3.11.2 /usr/bin/python3", ("3.11.2", "/usr/bin/python3")),
@@ -101,7 +101,7 @@ MALFORMED = [
     f"MOSH CONNECT 60001 {KEY} extra", f"MOSH CONNECT  60001 {KEY}", f"MOSH CONNECT 60001  {KEY}",
     f"MOSH CONNECT ٦٠٠٠١ {KEY}", f"MOSH CONNECT 60001 {KEY[:-1]}é", f"MOSH CONNECT 60001 {KEY[:-1]}-",
     f"MOSH CONNECT 60001 {KEY}\x1b[0m",
-    f"{TOKEN} ADDRESS a b c", f"{TOKEN} ADDRESS a b c d e", f"{TOKEN} GOT many", f"{TOKEN} GOT ٦",
+    f"{TOKEN} GOT many", f"{TOKEN} GOT ٦",
     f"{TOKEN} NOSERVER today", f"{TOKEN} FAIL else", f"{TOKEN} OLD 3",
 ]
 
@@ -131,6 +131,12 @@ def test_a_key_in_a_line_that_is_not_quite_ours_is_not_shown(
     with pytest.raises(mosh.BootstrapError) as error:
         _run_login(f"{LOOKUP}{STARTS}printf '{line}\\n'", tmp_path)
     assert KEY[:12] not in str(error.value) + "".join(capfd.readouterr())
+
+
+@pytest.mark.parametrize("words", ["UNKNOWN", "a b c", "a b c d e"])
+def test_what_a_host_says_of_its_address_may_be_of_no_use(words: str) -> None:
+    announcement = mosh.Announcement(TOKEN)
+    assert announcement.take(f"{TOKEN} ADDRESS {words}") and announcement.address == ""
 
 
 def test_an_address_cannot_be_redefined() -> None:
