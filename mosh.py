@@ -5852,12 +5852,16 @@ def places():
 def enter(folder, name, create):
     # Returns a descriptor of a folder that nobody else can change or replace. Raises OSError.
     if create:
-        if name == "mosh.py":
-            os.makedirs(folder, 0o700, exist_ok=True)
+        # A folder that its owner may not use would stay, and be in the way of others.
+        mask = os.umask(0o077)
         try:
-            os.mkdir(folder + "/" + name, 0o700)
+            if name == "mosh.py":
+                os.makedirs(folder, exist_ok=True)
+            os.mkdir(folder + "/" + name)
         except FileExistsError:
             pass
+        finally:
+            os.umask(mask)
     directory = os.open(folder + "/" + name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         found = os.fstat(directory)
@@ -5892,6 +5896,7 @@ def keep(directory, name, data, most):
     try:
         file = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600, dir_fd=directory)
         with open(file, "wb", 0) as raw:
+            os.fchmod(file, 0o600)
             while data:
                 data = data[raw.write(data):]
             os.fsync(file)

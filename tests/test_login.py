@@ -357,6 +357,15 @@ def test_a_mask_and_the_environment_reach_the_session_untouched(far: FarHost, ho
         assert "ODD=a  b" in lines and not any(line.startswith("MOSH_TOKEN") for line in lines)
 
 
+def test_a_mask_that_denies_everything_spoils_no_folder(far: FarHost) -> None:
+    far.has_python()
+    (far.home / ".bashrc").write_text("umask 777\n", encoding="utf-8")
+    start_server(far, "true")
+    cache = far.home / ".cache"
+    modes = {path.stat().st_mode & 0o777 for path in (cache, cache / "mosh.py")}
+    assert modes == {0o700} and [entry.stat().st_mode & 0o777 for entry in entries(far)] == [0o600]
+
+
 def test_a_stock_server_serves_where_no_python_does(far: FarHost, home: Path) -> None:
     require_kind("stock")
     far.has_stock_server()
