@@ -7522,6 +7522,7 @@ class Login:
         self._answered: re.Match[str] | None = None  # the request for the program that was last answered
         self._progress_shown = False
         self._noise_bytes = 0
+        self._noise_shown = False
 
     def start(self) -> None:
         """Start ssh, which needs a while. Call `finish` next. Raises BootstrapError."""
@@ -7723,6 +7724,7 @@ class Login:
         if text:
             self._end_progress()
             print(text, file=sys.stderr)
+            self._noise_shown = True
 
     def _explain(self, status: int) -> None:
         """Say why there is no session. Always raises BootstrapError."""
@@ -7743,7 +7745,8 @@ class Login:
             hint = _PORT_HINT if self._options.ports else ""
             if self._ssh_settings().get("remotecommand", "none") != "none":
                 hint = _REMOTE_COMMAND_HINT
-            raise BootstrapError(f"ssh could not log in to {host}; its own words are above{hint}", status)
+            reason = "; its own words are above" if self._noise_shown else f" and does not say why; try: ssh -v {host}"
+            raise BootstrapError(f"ssh could not log in to {host}{reason}{hint}", status)
         if status in (126, 127) and self._options.server and "SERVER" in said:
             raise BootstrapError(f"{host} cannot run {self._options.server!r}: see --server", SERVER_NOT_FOUND)
         if not said and status in (126, 127):
@@ -7751,8 +7754,8 @@ class Login:
         if not said:
             raise BootstrapError(_OTHER_COMMAND.format(host=host), OTHER_COMMAND)
         if status:
-            text = f"the server on {host} did not start (exit status {status}); what was said of it is above"
-            raise BootstrapError(text, status)
+            reason = "; what was said of it is above" if self._noise_shown else ""
+            raise BootstrapError(f"the server on {host} did not start (exit status {status}){reason}", status)
         raise BootstrapError(f"the login to {host} worked, but no server announced itself there")
 
     # -- where to send

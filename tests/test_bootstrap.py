@@ -625,14 +625,16 @@ print({int(socket.AF_INET)}, '192.0.2.7', 60001)
 
 
 FAILURES: list[tuple[str, int, str]] = [
-    ("exit 255", 255, "ssh could not log in to there"),
+    ("exit 255", 255, "ssh could not log in to there and does not say why"),
+    ("echo 'Permission denied' >&2; exit 255", 255, "ssh could not log in to there; its own words are above$"),
     ("kill -KILL $$", 137, "signal 9 ended ssh"),
     (STARTS + "exit 255", 255, "the server on there did not start"),
     ("exit 0", mosh.OTHER_COMMAND, "did not run what mosh asked for"),
     (f"echo 'MOSH CONNECT 60001 {KEY}'", mosh.OTHER_COMMAND, "did not run what mosh asked for"),
     ("exit 127", mosh.RESTRICTED_SHELL, "restricted"),
     (STARTS + "exit 127", 127, "cannot run 'srv'"),
-    (STARTS + "exit 3", 3, r"the server on there did not start \(exit status 3\)"),
+    (STARTS + "exit 3", 3, r"the server on there did not start \(exit status 3\)$"),
+    (STARTS + "echo 'no room'; exit 3", 3, r"the server on there did not start \(exit status 3\); what was said"),
     (STARTS + "exit 0", 1, "no server announced itself"),
     (f"{STARTS}echo 'MOSH CONNECT 60001 {KEY}x'", 1, "malformed"),
     (STARTS + 'echo "$t NOSERVER"; exit 127', 127, "no server found on there"),
