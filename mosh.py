@@ -4043,7 +4043,8 @@ class CursorKeyFilter:
 # echo: after Return, a control key, an escape sequence, a step beyond the edge. The first prediction of an epoch that
 # is confirmed makes the epoch and all that was predicted in it visible. So a password, never echoed, is never shown,
 # and a full-screen program costs at most one round trip before its typing is instant too. One visible prediction that
-# is wrong drops everything.
+# is wrong drops everything. Unlike stock's, an epoch also ends when the program moves the cursor though no key is under
+# way: what it has echoed before says nothing about the prompt that it has written since, which may be for a password.
 #
 # A prediction is made on the newest screen with those before it, and judged by the server's bare screen.
 
@@ -4161,6 +4162,7 @@ class PredictionEngine:
         self.epoch = 1
         self.confirmed_epoch = 0
         self.cursors: list[CursorPrediction] = []  # the last one is where the next key goes
+        self._settled_at = (0, 0, "")  # where the last one came true; see `_place`
         self.rows: dict[int, list[CellPrediction]] = {}
         self._live_rows: set[int] = set()  # those that may hold an active cell
         # when to show and to underline them
@@ -4211,6 +4213,7 @@ class PredictionEngine:
 
     def codes_in_use(self) -> Iterator[str]:
         """See Codebook.register."""
+        yield self._settled_at[2]
         for row in self.rows.values():
             for cell in row:
                 for text, attr in (cell.new, *cell.olds):
@@ -4278,7 +4281,15 @@ class PredictionEngine:
             else:
                 self.reset()
                 return
+        if self.cursors:
+            self._settled_at = self._place(screen)
         self.cursors = [c for c in self.cursors if self._cursor_verdict(c, screen) is Verdict.PENDING]
+
+    @staticmethod
+    def _place(screen: Framebuffer) -> tuple[int, int, str]:
+        """Return where the cursor is: row, column, and what stands left of it."""
+        row, col = screen.cursor_row, screen.cursor_col
+        return row, col, screen.rows[row].text[:col]
 
     def _update_triggers(self) -> None:
         interval = self._send_interval_ms
@@ -4424,6 +4435,9 @@ class PredictionEngine:
     def _ensure_cursor(self) -> CursorPrediction:
         """Return the cursor prediction of this epoch, made from the last one or from the screen."""
         if not self.cursors:
+            # security: see the section's introduction
+            if self.epoch <= self.confirmed_epoch and self._place(self._screen) != self._settled_at:
+                self._become_tentative()
             return self._new_cursor(self._screen.cursor_row, self._screen.cursor_col)
         last = self.cursors[-1]
         return last if last.until == self.epoch else self._new_cursor(last.row, last.col)

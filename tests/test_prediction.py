@@ -348,6 +348,25 @@ def test_a_password_is_never_shown(mode: mosh.PredictionMode) -> None:
     assert driver.shown.lines()[0].rstrip() == "Password:"
 
 
+@pytest.mark.parametrize("mode", ["adaptive", "always"])
+@pytest.mark.parametrize("prompt", [b"\r\nPassword: ", b" Password: ", b"\r\x1b[KPw:", b"\x1b[2J\x1b[H"])
+def test_a_password_is_not_shown_either_where_a_key_was_echoed_before_the_prompt_came(mode: str, prompt: bytes) -> None:
+    """Not even for a round trip, and not at a prompt that ends in the very column where the key left the cursor."""
+    driver = _typing_at_a_prompt(mode, 100)
+    driver.type(b"y")
+    driver.remote.feed(b"y")
+    driver.observe(last_sent_num=1, echo_ack=1)
+    driver.draw()
+    driver.remote.feed(prompt)
+    driver.draw()
+    before = vectors.shown(driver.shown)
+    for i, key in enumerate(b"secret", start=2):
+        driver.type(bytes([key]))
+        driver.observe(last_sent_num=i)
+        driver.draw()
+        assert vectors.shown(driver.shown) == before
+
+
 def test_an_escape_key_of_the_users_own() -> None:
     assert (mosh.EscapeKey(None).name, mosh.EscapeKey(b"").name) == ("Ctrl-^", "")
     printable = mosh.EscapeKey(b"~")
