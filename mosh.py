@@ -4043,8 +4043,13 @@ class CursorKeyFilter:
 # echo: after Return, a control key, an escape sequence, a step beyond the edge. The first prediction of an epoch that
 # is confirmed makes the epoch and all that was predicted in it visible. So a password, never echoed, is never shown,
 # and a full-screen program costs at most one round trip before its typing is instant too. One visible prediction that
-# is wrong drops everything. Unlike stock's, an epoch also ends when the program moves the cursor though no key is under
-# way: what it has echoed before says nothing about the prompt that it has written since, which may be for a password.
+# is wrong drops everything.
+#
+# Two rules go beyond stock's. An epoch also ends when the program moves the cursor though no key is under way: what it
+# has echoed before says nothing about the prompt that it has written since, which may be for a password. And when a
+# prediction was wrong, the keys that are still under way are predicted anew, hidden, from what the screen shows then.
+# Stock forgets them and expects the next key where the cursor is without them, which is wrong again for as long as the
+# user types on, and seems right when two letters are the same.
 #
 # A prediction is made on the newest screen with those before it, and judged by the server's bare screen.
 
@@ -4060,10 +4065,13 @@ NEVER = LAST_STATE_NUM  # as an epoch or a state number: not before the end of t
 _BLANKS = ("", " ", "\xa0")
 
 CodePair = tuple[str, str]  # a cell as (text, attrs) code points
+if TYPE_CHECKING:
+    _Key = tuple[Callable[[str], None], str, int, int]  # how its effect is predicted, and of what; expires, made_at
 
 # A user who types on while the network is down would be remembered key by key; only the newest count for anything.
 OLDS_LIMIT = 64  # former contents of a cell
 CURSORS_LIMIT = 256  # predicted cursors, one per epoch
+KEYS_LIMIT = 128  # keys under way that may be predicted anew
 
 
 class PredictionMode(Enum):
@@ -4163,6 +4171,7 @@ class PredictionEngine:
         self.confirmed_epoch = 0
         self.cursors: list[CursorPrediction] = []  # the last one is where the next key goes
         self._settled_at = (0, 0, "")  # where the last one came true; see `_place`
+        self._keys: list[_Key] = []  # the newest
         self.rows: dict[int, list[CellPrediction]] = {}
         self._live_rows: set[int] = set()  # those that may hold an active cell
         # when to show and to underline them
@@ -4176,6 +4185,7 @@ class PredictionEngine:
         self._size = (0, 0)
         self._screen = Framebuffer(1, 1, codebook)
         self._now = 0
+        self._expires = 0  # the client state that carries the key
         self._decoder = Utf8Decoder()
         self._parser = Parser()
         self._last_byte = 0
@@ -4222,7 +4232,11 @@ class PredictionEngine:
     # -- epochs
 
     def reset(self) -> None:
-        """Forget all predictions and start a new tentative epoch."""
+        """Forget all predictions and keys, and start a new tentative epoch."""
+        self._keys = []
+        self._drop_predictions()
+
+    def _drop_predictions(self) -> None:
         self.cursors = []
         self.rows = {}
         self._live_rows = set()
@@ -4231,16 +4245,6 @@ class PredictionEngine:
     def _become_tentative(self) -> None:
         if self.mode is not PredictionMode.EXPERIMENTAL:
             self.epoch += 1
-
-    def _kill_epoch(self, epoch: int, screen: Framebuffer) -> None:
-        """A tentative prediction was wrong: withdraw its epoch and what followed, which nobody has seen."""
-        self.cursors = [cursor for cursor in self.cursors if cursor.until < epoch]
-        self._new_cursor(screen.cursor_row, screen.cursor_col)
-        for row in self._live_rows:
-            for cell in self.rows[row]:
-                if cell.until >= epoch:
-                    cell.clear()
-        self._become_tentative()
 
     # -- judging
 
@@ -4273,17 +4277,19 @@ class PredictionEngine:
             self._size = (screen.width, screen.height)
             self.reset()
         self._update_triggers()
-        if not self._cull_cells(screen, now):
-            return
+        if not (self._cull_cells(screen, now) and self._cull_cursors(screen)):
+            self._drop_predictions()
+            self._predict_again(screen)
+
+    def _cull_cursors(self, screen: Framebuffer) -> bool:
+        """Judge the cursors. Returns False if the last one was wrong."""
         if self.cursors and self._cursor_verdict(self.cursors[-1], screen) is Verdict.WRONG:
-            if self.mode is PredictionMode.EXPERIMENTAL:
-                self.cursors = []
-            else:
-                self.reset()
-                return
+            self.cursors = []
+            return self.mode is PredictionMode.EXPERIMENTAL
         if self.cursors:
             self._settled_at = self._place(screen)
         self.cursors = [c for c in self.cursors if self._cursor_verdict(c, screen) is Verdict.PENDING]
+        return True
 
     @staticmethod
     def _place(screen: Framebuffer) -> tuple[int, int, str]:
@@ -4305,7 +4311,7 @@ class PredictionEngine:
             self.underlines = True
 
     def _cull_cells(self, screen: Framebuffer, now: int) -> bool:
-        """Judge the cells. Returns False if a visible one was wrong and everything was dropped."""
+        """Judge the cells. Returns False if one was wrong."""
         for row in [row for row in self.rows if row in self._live_rows]:
             is_live = False
             for col, cell in enumerate(self.rows[row]):
@@ -4322,20 +4328,12 @@ class PredictionEngine:
         return True
 
     def _settle(self, row: int, col: int, cell: CellPrediction, screen: Framebuffer, now: int) -> bool:
-        """Judge a cell whose time has come. Returns False if it was visibly wrong and everything was dropped."""
+        """Judge a cell whose time has come. Returns False if it was wrong."""
         verdict = self._cell_verdict(cell, row, col, screen)
-        if verdict is not Verdict.WRONG:
-            if verdict is Verdict.CORRECT:
-                self._confirm(row, col, cell, screen, now)
-            cell.clear()
-        elif self.mode is PredictionMode.EXPERIMENTAL:
-            cell.clear()
-        elif cell.until > self.confirmed_epoch:
-            self._kill_epoch(cell.until, screen)
-        else:
-            self.reset()
-            return False
-        return True
+        if verdict is Verdict.CORRECT:
+            self._confirm(row, col, cell, screen, now)
+        cell.clear()
+        return verdict is not Verdict.WRONG or self.mode is PredictionMode.EXPERIMENTAL
 
     def _note_glitch(self, pending_ms: int) -> None:
         if pending_ms >= STRONG_GLITCH_MS:
@@ -4395,13 +4393,30 @@ class PredictionEngine:
         if self._last_byte == 0x1B and byte == ord("O"):
             byte = ord("[")  # arrows in application cursor mode
         self._last_byte = byte
-        self._screen, self._now = screen, now
+        self._screen, self._now, self._expires = screen, now, self._last_sent_num + 1
         pieces = iter(self._parser.parse(self._decoder.decode(bytes((byte,)))))
         for text, function in zip(pieces, pieces):
             for char in text:
-                self._predict_char(char)
+                self._predict(self._predict_char, char)
             if function:
-                self._predict_function(function)
+                self._predict(self._predict_function, function)
+
+    def _predict(self, how: Callable[[str], None], typed: str) -> None:
+        if len(self._keys) >= KEYS_LIMIT:
+            self._keys = self._keys_under_way()[1 - KEYS_LIMIT :]
+        self._keys.append((how, typed, self._expires, self._now))
+        how(typed)
+
+    def _keys_under_way(self) -> list[_Key]:
+        return [key for key in self._keys if key[2] > self._echo_ack]
+
+    def _predict_again(self, screen: Framebuffer) -> None:
+        """Predict the keys that `screen` need not show yet as if they were typed on it."""
+        self._screen = screen
+        self._keys = self._keys_under_way()
+        for how, typed, expires, made_at in self._keys:
+            self._expires, self._now = expires, made_at
+            how(typed)
 
     def _predict_char(self, char: str) -> None:
         if char_width(char) == 1:
@@ -4428,7 +4443,7 @@ class PredictionEngine:
                 self._newline()
 
     def _new_cursor(self, row: int, col: int) -> CursorPrediction:
-        cursor = CursorPrediction(row, col, self.epoch, self._last_sent_num + 1)
+        cursor = CursorPrediction(row, col, self.epoch, self._expires)
         self.cursors = [*self.cursors[1 - CURSORS_LIMIT :], cursor]
         return cursor
 
@@ -4444,7 +4459,7 @@ class PredictionEngine:
 
     def _touch(self, col: int) -> None:
         self.cursors[-1].col = col
-        self.cursors[-1].expires = self._last_sent_num + 1
+        self.cursors[-1].expires = self._expires
 
     def _row_cells(self, row: int) -> list[CellPrediction]:
         if row not in self.rows:
@@ -4453,9 +4468,8 @@ class PredictionEngine:
         return self.rows[row]
 
     def _arm(self, cells: Iterable[CellPrediction]) -> None:
-        expires = self._last_sent_num + 1
         for cell in cells:
-            cell.arm(self.epoch, expires, self._now)
+            cell.arm(self.epoch, self._expires, self._now)
 
     def _backspace(self) -> None:
         cursor, screen = self._ensure_cursor(), self._screen

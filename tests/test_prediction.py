@@ -76,15 +76,46 @@ def test_a_confirmed_epoch_shows_typing_at_once() -> None:
     assert driver.shown.lines()[0].rstrip() == "$ ls"
 
 
-def test_a_tentative_prediction_that_is_wrong_takes_the_cursor_of_its_epoch_along() -> None:
+def test_when_a_prediction_was_wrong_the_keys_under_way_are_predicted_anew() -> None:
+    """A user who types on need not pause until predictions start at the right place again."""
     driver = _typing_at_a_prompt("always", 50)
-    for sent_num, key in enumerate((b"a", b"b"), 1):
+    for sent_num, key in enumerate((b"a", b"s", b"s"), 1):
         driver.type(key)
         driver.observe(last_sent_num=sent_num)
-    driver.remote.feed(b"*")
+    driver.remote.feed(b"\b\b> x")                        # another prompt, and the program makes an x of the a
     driver.observe(echo_ack=1)
     driver.draw()
-    assert [(cursor.row, cursor.col) for cursor in driver.engine.cursors] == [(0, 3)]
+    assert [(cursor.row, cursor.col) for cursor in driver.engine.cursors] == [(0, 5)]
+    assert driver.shown.lines()[0].rstrip() == "> x"        # nobody sees it before it has come true
+    driver.remote.feed(b"s")
+    driver.observe(echo_ack=2)
+    driver.draw()
+    driver.type(b";")
+    driver.draw()
+    assert driver.shown.lines()[0].rstrip() == "> xss;"
+
+
+def test_keys_under_way_are_not_predicted_anew_when_nobody_knows_what_went_before() -> None:
+    driver = _typing_at_a_prompt("always", 50)
+    driver.type(b"ab")
+    driver.engine.reset()                                   # a paste
+    driver.type(b"c")
+    driver.remote.feed(b"*")
+    driver.observe(last_sent_num=1, echo_ack=1)
+    driver.draw()
+    assert not driver.engine.is_waiting
+
+
+def test_of_many_keys_under_way_the_newest_are_predicted_anew() -> None:
+    driver = _typing_at_a_prompt("always", 50)
+    driver.type(b"x")
+    driver.observe(last_sent_num=1)
+    driver.type(b"\x1bOD" * 1_000)
+    driver.remote.feed(b"*" * 17)
+    driver.observe(echo_ack=1)
+    driver.draw()
+    assert len(driver.engine._keys) == mosh.KEYS_LIMIT
+    assert driver.engine.cursors[-1].col == 0
 
 
 def test_what_is_predicted_looks_like_what_has_come_of_what_was_typed_before() -> None:
