@@ -4045,11 +4045,15 @@ class CursorKeyFilter:
 # and a full-screen program costs at most one round trip before its typing is instant too. One visible prediction that
 # is wrong drops everything.
 #
-# Two rules go beyond stock's. An epoch also ends when the program moves the cursor though no key is under way: what it
-# has echoed before says nothing about the prompt that it has written since, which may be for a password. And when a
-# prediction was wrong, the keys that are still under way are predicted anew, hidden, from what the screen shows then.
-# Stock forgets them and expects the next key where the cursor is without them, which is wrong again for as long as the
-# user types on, and seems right when two letters are the same.
+# Three rules go beyond stock's:
+#
+#   - An epoch also ends when the program moves the cursor though no key is under way: what it has echoed before says
+#     nothing about the prompt that it has written since, which may be for a password.
+#   - When a prediction was wrong, the keys that are still under way are predicted anew, hidden, from what the screen
+#     shows then. Stock forgets them and expects the next key where the cursor is without them, which is wrong again for
+#     as long as the user types on, and seems right when two letters are the same.
+#   - A letter pushes on what stands right of it only up to where the screen shows that it does not: the frame of a
+#     window, or what is behind it, stays in its place, and some programs overwrite.
 #
 # A prediction is made on the newest screen with those before it, and judged by the server's bare screen.
 
@@ -4171,6 +4175,7 @@ class PredictionEngine:
         self.confirmed_epoch = 0
         self.cursors: list[CursorPrediction] = []  # the last one is where the next key goes
         self._settled_at = (0, 0, "")  # where the last one came true; see `_place`
+        self._pushed_end = NEVER  # the column from which on typing moves nothing, as has been seen in this epoch
         self._keys: list[_Key] = []  # the newest
         self.rows: dict[int, list[CellPrediction]] = {}
         self._live_rows: set[int] = set()  # those that may hold an active cell
@@ -4243,6 +4248,7 @@ class PredictionEngine:
         self._become_tentative()
 
     def _become_tentative(self) -> None:
+        self._pushed_end = NEVER
         if self.mode is not PredictionMode.EXPERIMENTAL:
             self.epoch += 1
 
@@ -4280,6 +4286,7 @@ class PredictionEngine:
         if not (self._cull_cells(screen, now) and self._cull_cursors(screen)):
             self._drop_predictions()
             self._predict_again(screen)
+        self._cull_pushed(screen)
 
     def _cull_cursors(self, screen: Framebuffer) -> bool:
         """Judge the cursors. Returns False if the last one was wrong."""
@@ -4290,6 +4297,27 @@ class PredictionEngine:
             self._settled_at = self._place(screen)
         self.cursors = [c for c in self.cursors if self._cursor_verdict(c, screen) is Verdict.PENDING]
         return True
+
+    def _cull_pushed(self, screen: Framebuffer) -> None:
+        """Give up what was predicted to be pushed on from where the screen shows that it stays."""
+        if self.overwrite or not self.cursors or self.cursors[-1].row != screen.cursor_row:
+            return
+        row, col = self.cursors[-1].row, self.cursors[-1].col
+        keys = [typed for _, typed, expires, _ in self._keys if expires > self._echo_ack]
+        # The screen may show some of the keys under way; if all are letters and backspaces, its own cursor tells which.
+        distance, deleted = col - screen.cursor_col, keys.count("\x7f")
+        if row not in self._live_rows or not -deleted <= distance <= len(keys) - deleted:
+            return
+        if any(char_width(key[0]) < 1 for key in keys if key != "\x7f"):
+            return
+        cells, shown = self.rows[row], screen.codes_of(row)
+        for at in range(col, min(screen.width, self._pushed_end) - max(0, -distance)):
+            cell = cells[at]
+            if cell.active and not cell.unknown and not self._contents_match(cell.new, shown[at - distance]):
+                self._pushed_end = at - distance if at > col else 0
+                for beyond in cells[max(col, self._pushed_end) :]:
+                    beyond.clear()
+                return
 
     @staticmethod
     def _place(screen: Framebuffer) -> tuple[int, int, str]:
@@ -4435,6 +4463,7 @@ class PredictionEngine:
             col = min(cursor.col + step, self._screen.width - 1)
             if col != cursor.col:
                 self._touch(col)
+                self._pushed_end = self._pushed_end or NEVER  # where text is overwritten, it may be the end of a line
             else:  # a shell's long line goes on in another row; stock takes the key for one without effect
                 self._become_tentative()
         elif not function.startswith("\x1b]"):
@@ -4480,7 +4509,8 @@ class PredictionEngine:
             self._become_tentative()  # as for an arrow at the edge
             return
         self._touch(cursor.col - columns)
-        if self.overwrite:
+        end = self._end_of_pushed(cursor.col, width)
+        if end <= cursor.col + 1:
             there = screen.code_at(screen.cursor_row, screen.cursor_col)
             blanked = cells[cursor.col : cursor.col + columns]
             for cell in blanked:
@@ -4489,13 +4519,13 @@ class PredictionEngine:
             self._arm(blanked)
             return
         shown = screen.codes_of(row)
-        for col in range(cursor.col, width):
+        for col in range(cursor.col, end):
             cells[col].recycle(shown[col])
-            if col + columns + 1 < width:
+            if col + columns + 1 < end:
                 cells[col].take_from(cells[col + columns], shown[col + columns])
             else:
                 cells[col].unknown = True
-        self._arm(cells[cursor.col :])
+        self._arm(cells[cursor.col : end])
 
     def _type(self, char: str) -> None:
         cursor, screen = self._ensure_cursor(), self._screen
@@ -4503,17 +4533,16 @@ class PredictionEngine:
         cells = self._row_cells(row)
         if col == width - 1:
             self._become_tentative()
-        shown = screen.codes_of(row)
-        if not self.overwrite:
-            for shifted in range(width - 1, col, -1):
-                cells[shifted].recycle(shown[shifted])
-                if shifted == width - 1:
-                    cells[shifted].unknown = True
-                else:
-                    cells[shifted].take_from(cells[shifted - 1], shown[shifted - 1])
+        shown, end = screen.codes_of(row), self._end_of_pushed(col, width)
+        for shifted in range(end - 1, col, -1):
+            cells[shifted].recycle(shown[shifted])
+            if shifted == end - 1:
+                cells[shifted].unknown = True
+            else:
+                cells[shifted].take_from(cells[shifted - 1], shown[shifted - 1])
         cell = cells[col]
         cell.recycle(shown[col])
-        self._arm((cell,) if self.overwrite else cells[col:])
+        self._arm(cells[col:end])
         attr = self._attr_for_typing(row, col, cells)
         cell.new = (self._book.cell_code(char, wide=False, fallback=False), attr)
         self._touch(col)
@@ -4522,6 +4551,10 @@ class PredictionEngine:
         else:
             self._become_tentative()
             self._newline()
+
+    def _end_of_pushed(self, col: int, width: int) -> int:
+        """Return the column behind the last one that typing at `col` moves or changes."""
+        return col + 1 if self.overwrite else max(col + 1, min(width, self._pushed_end))
 
     def _attr_for_typing(self, row: int, col: int, cells: list[CellPrediction]) -> str:
         """Typed text looks like what stands left of it, or at the left edge like the pen."""

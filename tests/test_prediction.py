@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -259,6 +260,50 @@ def test_where_a_key_at_the_edge_leads_is_not_told_before_it_has_shown(key: byte
     driver.draw()
     assert (driver.shown.cursor_row, driver.shown.cursor_col) == (0, 9)
     assert "x" not in "".join(driver.shown.lines())
+
+
+FRAME = b"$ abc      |right\x1b[1;6H"                      # the cursor behind the c, a window's frame in column 11
+
+
+@pytest.mark.parametrize(
+    ("keys", "echo", "more", "row", "text"),
+    [
+        (b"de", b"d", b"f", FRAME, "$ abcdef   |right"),
+        (b"de", b"d", b"\x7f\x7f\x7f", FRAME, "$ ab       |right"),
+        (b"de\x7f", b"d", b"\x7f\x7f", FRAME, "$ ab       |right"),
+        (b"de", b"d", b"\x1bOD\x1bODxy", FRAME, "$ abcxyde  |right"),
+        (b"de", b"d", b"fghijk", FRAME, "$ abcdefghijkight"),
+        (b"de", b"d", b"f", b"$ abcdefg\x1b[1;6H", "$ abcdfg"[:6] + "efg"),
+        (b"xy", b"x", b"\x7f", b"$ abcdefg\x1b[1;6H", "$ abcx fg"),
+        (b"xy", b"\x1b[@x", b"z", b"$ abcdefg\x1b[1;6H", "$ abcxyzdefg"),
+        (b"xy", b"\x1b[@x", b"\x7f", b"$ abcdefg\x1b[1;6H", "$ abcxdefg"),
+    ],
+)
+def test_what_typing_does_not_push_on_stays_once_that_has_been_seen(
+    keys: bytes, echo: bytes, more: bytes, row: bytes, text: str
+) -> None:
+    driver = EngineDriver(
+        {
+            "cols": 20,
+            "rows": 3,
+            "mode": "always",
+            "overwrite": False,
+            "start_send_interval_ms": 50,
+            "start_remote_hex": row.hex(),
+        }
+    )
+    driver.draw()
+    for num, key in enumerate(keys):
+        driver.type(bytes([key]))
+        driver.observe(last_sent_num=num + 1)
+    driver.remote.feed(echo)
+    driver.observe(echo_ack=1)
+    driver.draw()
+    for num, typed in enumerate(re.findall(rb"\x1bO.|.", more, re.DOTALL), start=len(keys) + 1):
+        driver.type(typed)
+        driver.observe(last_sent_num=num)
+        driver.draw()
+    assert driver.shown.lines()[0].rstrip() == text
 
 
 KEYS = st.sampled_from(
