@@ -4045,10 +4045,10 @@ class CursorKeyFilter:
 # and a full-screen program costs at most one round trip before its typing is instant too. One visible prediction that
 # is wrong drops everything.
 #
-# Three rules go beyond stock's:
+# These rules go beyond stock's:
 #
 #   - An epoch also ends when the program moves the cursor though no key is under way: what it has echoed before says
-#     nothing about the prompt that it has written since, which may be for a password.
+#     nothing about the prompt that it has written since, which may be for a password. And an asterisk proves nothing.
 #   - When a prediction was wrong, the keys that are still under way are predicted anew, hidden, from what the screen
 #     shows then. Stock forgets them and expects the next key where the cursor is without them, which is wrong again for
 #     as long as the user types on, and seems right when two letters are the same.
@@ -4067,6 +4067,7 @@ BULK_READ_BYTES = 100  # a longer read is a paste, for which nothing is predicte
 
 NEVER = LAST_STATE_NUM  # as an epoch or a state number: not before the end of time
 _BLANKS = ("", " ", "\xa0")
+_MASKS = ("*", "\u2022", "\u25cf")  # what is shown for any letter of a password
 
 CodePair = tuple[str, str]  # a cell as (text, attrs) code points
 if TYPE_CHECKING:
@@ -4261,7 +4262,8 @@ class PredictionEngine:
         if not self._contents_match(screen.code_at(row, col), cell.new):
             return Verdict.WRONG
         was_there = any(self._contents_match(old, cell.new) for old in cell.olds)
-        return Verdict.NO_CREDIT if was_there else Verdict.CORRECT
+        # security: a mask that comes as predicted is no leave to show the rest of the password
+        return Verdict.NO_CREDIT if was_there or cell.new[0] in _MASKS else Verdict.CORRECT
 
     def _cursor_verdict(self, cursor: CursorPrediction, screen: Framebuffer) -> Verdict:
         if self._echo_ack < cursor.expires:

@@ -443,6 +443,23 @@ def test_a_password_is_not_shown_either_where_a_key_was_echoed_before_the_prompt
         assert vectors.shown(driver.shown) == before
 
 
+@pytest.mark.parametrize("under_way", [0, 1, 3])
+@pytest.mark.parametrize("password", ["s3*cret", "*s3cret", "s**cret", "***"])
+def test_a_password_is_not_shown_where_a_mask_is_shown_for_it(password: str, under_way: int) -> None:
+    """Not even if it contains what the program shows for each of its letters."""
+    driver = _typing_at_a_prompt("always", 100, b"Password: ")
+    for num, key in enumerate(password.encode(), start=1):
+        driver.type(bytes([key]))
+        driver.observe(last_sent_num=num)
+        driver.draw()
+        assert driver.shown.lines()[0].rstrip().removeprefix("Password:").strip(" *") == ""
+        if num > under_way:
+            driver.remote.feed(b"*")
+            driver.observe(echo_ack=num - under_way)
+            driver.draw()
+            assert driver.shown.lines()[0].rstrip().removeprefix("Password:").strip(" *") == ""
+
+
 def test_an_escape_key_of_the_users_own() -> None:
     assert (mosh.EscapeKey(None).name, mosh.EscapeKey(b"").name) == ("Ctrl-^", "")
     printable = mosh.EscapeKey(b"~")
