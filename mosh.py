@@ -4045,6 +4045,16 @@ class CursorKeyFilter:
 # and a full-screen program costs at most one round trip before its typing is instant too. One visible prediction that
 # is wrong drops everything.
 #
+# These rules go beyond stock's:
+#
+#   - An epoch also ends when the program moves the cursor though no key is under way: what it has echoed before says
+#     nothing about the prompt that it has written since, which may be for a password. And an asterisk proves nothing.
+#   - When a prediction was wrong, the keys that are still under way are predicted anew, hidden, from what the screen
+#     shows then. Stock forgets them and expects the next key where the cursor is without them, which is wrong again for
+#     as long as the user types on, and seems right when two letters are the same.
+#   - A letter pushes on what stands right of it only up to where the screen shows that it does not: the frame of a
+#     window, or what is behind it, stays in its place, and some programs overwrite.
+#
 # A prediction is made on the newest screen with those before it, and judged by the server's bare screen.
 
 SHOW_PREDICTIONS_MS = (20, 30)  # by send interval, about half a round trip: off at or below, on above
@@ -4057,12 +4067,16 @@ BULK_READ_BYTES = 100  # a longer read is a paste, for which nothing is predicte
 
 NEVER = LAST_STATE_NUM  # as an epoch or a state number: not before the end of time
 _BLANKS = ("", " ", "\xa0")
+_MASKS = ("*", "\u2022", "\u25cf")  # what is shown for any letter of a password
 
 CodePair = tuple[str, str]  # a cell as (text, attrs) code points
+if TYPE_CHECKING:
+    _Key = tuple[Callable[[str], None], str, int, int]  # how its effect is predicted, and of what; expires, made_at
 
 # A user who types on while the network is down would be remembered key by key; only the newest count for anything.
 OLDS_LIMIT = 64  # former contents of a cell
 CURSORS_LIMIT = 256  # predicted cursors, one per epoch
+KEYS_LIMIT = 128  # keys under way that may be predicted anew
 
 
 class PredictionMode(Enum):
@@ -4161,6 +4175,9 @@ class PredictionEngine:
         self.epoch = 1
         self.confirmed_epoch = 0
         self.cursors: list[CursorPrediction] = []  # the last one is where the next key goes
+        self._settled_at = (0, 0, "")  # where the last one came true; see `_place`
+        self._pushed_end = NEVER  # the column from which on typing moves nothing, as has been seen in this epoch
+        self._keys: list[_Key] = []  # the newest
         self.rows: dict[int, list[CellPrediction]] = {}
         self._live_rows: set[int] = set()  # those that may hold an active cell
         # when to show and to underline them
@@ -4174,6 +4191,7 @@ class PredictionEngine:
         self._size = (0, 0)
         self._screen = Framebuffer(1, 1, codebook)
         self._now = 0
+        self._expires = 0  # the client state that carries the key
         self._decoder = Utf8Decoder()
         self._parser = Parser()
         self._last_byte = 0
@@ -4211,6 +4229,7 @@ class PredictionEngine:
 
     def codes_in_use(self) -> Iterator[str]:
         """See Codebook.register."""
+        yield self._settled_at[2]
         for row in self.rows.values():
             for cell in row:
                 for text, attr in (cell.new, *cell.olds):
@@ -4219,25 +4238,20 @@ class PredictionEngine:
     # -- epochs
 
     def reset(self) -> None:
-        """Forget all predictions and start a new tentative epoch."""
+        """Forget all predictions and keys, and start a new tentative epoch."""
+        self._keys = []
+        self._drop_predictions()
+
+    def _drop_predictions(self) -> None:
         self.cursors = []
         self.rows = {}
         self._live_rows = set()
         self._become_tentative()
 
     def _become_tentative(self) -> None:
+        self._pushed_end = NEVER
         if self.mode is not PredictionMode.EXPERIMENTAL:
             self.epoch += 1
-
-    def _kill_epoch(self, epoch: int, screen: Framebuffer) -> None:
-        """A tentative prediction was wrong: withdraw its epoch and what followed, which nobody has seen."""
-        self.cursors = [cursor for cursor in self.cursors if cursor.until < epoch]
-        self._new_cursor(screen.cursor_row, screen.cursor_col)
-        for row in self._live_rows:
-            for cell in self.rows[row]:
-                if cell.until >= epoch:
-                    cell.clear()
-        self._become_tentative()
 
     # -- judging
 
@@ -4248,7 +4262,8 @@ class PredictionEngine:
         if not self._contents_match(screen.code_at(row, col), cell.new):
             return Verdict.WRONG
         was_there = any(self._contents_match(old, cell.new) for old in cell.olds)
-        return Verdict.NO_CREDIT if was_there else Verdict.CORRECT
+        # security: a mask that comes as predicted is no leave to show the rest of the password
+        return Verdict.NO_CREDIT if was_there or cell.new[0] in _MASKS else Verdict.CORRECT
 
     def _cursor_verdict(self, cursor: CursorPrediction, screen: Framebuffer) -> Verdict:
         if self._echo_ack < cursor.expires:
@@ -4270,15 +4285,47 @@ class PredictionEngine:
             self._size = (screen.width, screen.height)
             self.reset()
         self._update_triggers()
-        if not self._cull_cells(screen, now):
-            return
+        if not (self._cull_cells(screen, now) and self._cull_cursors(screen)):
+            self._drop_predictions()
+            self._predict_again(screen)
+        self._cull_pushed(screen)
+
+    def _cull_cursors(self, screen: Framebuffer) -> bool:
+        """Judge the cursors. Returns False if the last one was wrong."""
         if self.cursors and self._cursor_verdict(self.cursors[-1], screen) is Verdict.WRONG:
-            if self.mode is PredictionMode.EXPERIMENTAL:
-                self.cursors = []
-            else:
-                self.reset()
-                return
+            self.cursors = []
+            return self.mode is PredictionMode.EXPERIMENTAL
+        if self.cursors:
+            self._settled_at = self._place(screen)
         self.cursors = [c for c in self.cursors if self._cursor_verdict(c, screen) is Verdict.PENDING]
+        return True
+
+    def _cull_pushed(self, screen: Framebuffer) -> None:
+        """Give up what was predicted to be pushed on from where the screen shows that it stays."""
+        if self.overwrite or not self.cursors or self.cursors[-1].row != screen.cursor_row:
+            return
+        row, col = self.cursors[-1].row, self.cursors[-1].col
+        keys = [typed for _, typed, expires, _ in self._keys if expires > self._echo_ack]
+        # The screen may show some of the keys under way; if all are letters and backspaces, its own cursor tells which.
+        distance, deleted = col - screen.cursor_col, keys.count("\x7f")
+        if row not in self._live_rows or not -deleted <= distance <= len(keys) - deleted:
+            return
+        if any(char_width(key[0]) < 1 for key in keys if key != "\x7f"):
+            return
+        cells, shown = self.rows[row], screen.codes_of(row)
+        for at in range(col, min(screen.width, self._pushed_end) - max(0, -distance)):
+            cell = cells[at]
+            if cell.active and not cell.unknown and not self._contents_match(cell.new, shown[at - distance]):
+                self._pushed_end = at - distance if at > col else 0
+                for beyond in cells[max(col, self._pushed_end) :]:
+                    beyond.clear()
+                return
+
+    @staticmethod
+    def _place(screen: Framebuffer) -> tuple[int, int, str]:
+        """Return where the cursor is: row, column, and what stands left of it."""
+        row, col = screen.cursor_row, screen.cursor_col
+        return row, col, screen.rows[row].text[:col]
 
     def _update_triggers(self) -> None:
         interval = self._send_interval_ms
@@ -4294,7 +4341,7 @@ class PredictionEngine:
             self.underlines = True
 
     def _cull_cells(self, screen: Framebuffer, now: int) -> bool:
-        """Judge the cells. Returns False if a visible one was wrong and everything was dropped."""
+        """Judge the cells. Returns False if one was wrong."""
         for row in [row for row in self.rows if row in self._live_rows]:
             is_live = False
             for col, cell in enumerate(self.rows[row]):
@@ -4311,20 +4358,12 @@ class PredictionEngine:
         return True
 
     def _settle(self, row: int, col: int, cell: CellPrediction, screen: Framebuffer, now: int) -> bool:
-        """Judge a cell whose time has come. Returns False if it was visibly wrong and everything was dropped."""
+        """Judge a cell whose time has come. Returns False if it was wrong."""
         verdict = self._cell_verdict(cell, row, col, screen)
-        if verdict is not Verdict.WRONG:
-            if verdict is Verdict.CORRECT:
-                self._confirm(row, col, cell, screen, now)
-            cell.clear()
-        elif self.mode is PredictionMode.EXPERIMENTAL:
-            cell.clear()
-        elif cell.until > self.confirmed_epoch:
-            self._kill_epoch(cell.until, screen)
-        else:
-            self.reset()
-            return False
-        return True
+        if verdict is Verdict.CORRECT:
+            self._confirm(row, col, cell, screen, now)
+        cell.clear()
+        return verdict is not Verdict.WRONG or self.mode is PredictionMode.EXPERIMENTAL
 
     def _note_glitch(self, pending_ms: int) -> None:
         if pending_ms >= STRONG_GLITCH_MS:
@@ -4384,13 +4423,30 @@ class PredictionEngine:
         if self._last_byte == 0x1B and byte == ord("O"):
             byte = ord("[")  # arrows in application cursor mode
         self._last_byte = byte
-        self._screen, self._now = screen, now
+        self._screen, self._now, self._expires = screen, now, self._last_sent_num + 1
         pieces = iter(self._parser.parse(self._decoder.decode(bytes((byte,)))))
         for text, function in zip(pieces, pieces):
             for char in text:
-                self._predict_char(char)
+                self._predict(self._predict_char, char)
             if function:
-                self._predict_function(function)
+                self._predict(self._predict_function, function)
+
+    def _predict(self, how: Callable[[str], None], typed: str) -> None:
+        if len(self._keys) >= KEYS_LIMIT:
+            self._keys = self._keys_under_way()[1 - KEYS_LIMIT :]
+        self._keys.append((how, typed, self._expires, self._now))
+        how(typed)
+
+    def _keys_under_way(self) -> list[_Key]:
+        return [key for key in self._keys if key[2] > self._echo_ack]
+
+    def _predict_again(self, screen: Framebuffer) -> None:
+        """Predict the keys that `screen` need not show yet as if they were typed on it."""
+        self._screen = screen
+        self._keys = self._keys_under_way()
+        for how, typed, expires, made_at in self._keys:
+            self._expires, self._now = expires, made_at
+            how(typed)
 
     def _predict_char(self, char: str) -> None:
         if char_width(char) == 1:
@@ -4409,6 +4465,7 @@ class PredictionEngine:
             col = min(cursor.col + step, self._screen.width - 1)
             if col != cursor.col:
                 self._touch(col)
+                self._pushed_end = self._pushed_end or NEVER  # where text is overwritten, it may be the end of a line
             else:  # a shell's long line goes on in another row; stock takes the key for one without effect
                 self._become_tentative()
         elif not function.startswith("\x1b]"):
@@ -4417,20 +4474,23 @@ class PredictionEngine:
                 self._newline()
 
     def _new_cursor(self, row: int, col: int) -> CursorPrediction:
-        cursor = CursorPrediction(row, col, self.epoch, self._last_sent_num + 1)
+        cursor = CursorPrediction(row, col, self.epoch, self._expires)
         self.cursors = [*self.cursors[1 - CURSORS_LIMIT :], cursor]
         return cursor
 
     def _ensure_cursor(self) -> CursorPrediction:
         """Return the cursor prediction of this epoch, made from the last one or from the screen."""
         if not self.cursors:
+            # security: see the section's introduction
+            if self.epoch <= self.confirmed_epoch and self._place(self._screen) != self._settled_at:
+                self._become_tentative()
             return self._new_cursor(self._screen.cursor_row, self._screen.cursor_col)
         last = self.cursors[-1]
         return last if last.until == self.epoch else self._new_cursor(last.row, last.col)
 
     def _touch(self, col: int) -> None:
         self.cursors[-1].col = col
-        self.cursors[-1].expires = self._last_sent_num + 1
+        self.cursors[-1].expires = self._expires
 
     def _row_cells(self, row: int) -> list[CellPrediction]:
         if row not in self.rows:
@@ -4439,9 +4499,8 @@ class PredictionEngine:
         return self.rows[row]
 
     def _arm(self, cells: Iterable[CellPrediction]) -> None:
-        expires = self._last_sent_num + 1
         for cell in cells:
-            cell.arm(self.epoch, expires, self._now)
+            cell.arm(self.epoch, self._expires, self._now)
 
     def _backspace(self) -> None:
         cursor, screen = self._ensure_cursor(), self._screen
@@ -4452,7 +4511,8 @@ class PredictionEngine:
             self._become_tentative()  # as for an arrow at the edge
             return
         self._touch(cursor.col - columns)
-        if self.overwrite:
+        end = self._end_of_pushed(cursor.col, width)
+        if end <= cursor.col + 1:
             there = screen.code_at(screen.cursor_row, screen.cursor_col)
             blanked = cells[cursor.col : cursor.col + columns]
             for cell in blanked:
@@ -4461,13 +4521,13 @@ class PredictionEngine:
             self._arm(blanked)
             return
         shown = screen.codes_of(row)
-        for col in range(cursor.col, width):
+        for col in range(cursor.col, end):
             cells[col].recycle(shown[col])
-            if col + columns + 1 < width:
+            if col + columns + 1 < end:
                 cells[col].take_from(cells[col + columns], shown[col + columns])
             else:
                 cells[col].unknown = True
-        self._arm(cells[cursor.col :])
+        self._arm(cells[cursor.col : end])
 
     def _type(self, char: str) -> None:
         cursor, screen = self._ensure_cursor(), self._screen
@@ -4475,17 +4535,16 @@ class PredictionEngine:
         cells = self._row_cells(row)
         if col == width - 1:
             self._become_tentative()
-        shown = screen.codes_of(row)
-        if not self.overwrite:
-            for shifted in range(width - 1, col, -1):
-                cells[shifted].recycle(shown[shifted])
-                if shifted == width - 1:
-                    cells[shifted].unknown = True
-                else:
-                    cells[shifted].take_from(cells[shifted - 1], shown[shifted - 1])
+        shown, end = screen.codes_of(row), self._end_of_pushed(col, width)
+        for shifted in range(end - 1, col, -1):
+            cells[shifted].recycle(shown[shifted])
+            if shifted == end - 1:
+                cells[shifted].unknown = True
+            else:
+                cells[shifted].take_from(cells[shifted - 1], shown[shifted - 1])
         cell = cells[col]
         cell.recycle(shown[col])
-        self._arm((cell,) if self.overwrite else cells[col:])
+        self._arm(cells[col:end])
         attr = self._attr_for_typing(row, col, cells)
         cell.new = (self._book.cell_code(char, wide=False, fallback=False), attr)
         self._touch(col)
@@ -4494,6 +4553,10 @@ class PredictionEngine:
         else:
             self._become_tentative()
             self._newline()
+
+    def _end_of_pushed(self, col: int, width: int) -> int:
+        """Return the column behind the last one that typing at `col` moves or changes."""
+        return col + 1 if self.overwrite else max(col + 1, min(width, self._pushed_end))
 
     def _attr_for_typing(self, row: int, col: int, cells: list[CellPrediction]) -> str:
         """Typed text looks like what stands left of it, or at the left edge like the pen."""

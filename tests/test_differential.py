@@ -99,7 +99,8 @@ class Streams:
         self._kinds: list[Callable[[], str]] = [
             self._text, self._csi, self._cursor, self._erase, self._sgr, self._private_mode, self._odd_csi,
             self._escape, self._control, self._osc, self._region, self._wide, self._insert, self._line, self._tabs,
-            self._marks, self._odd_sgr, self._newlines,
+            self._marks, self._odd_sgr, self._newlines, self._edge, self._origin, self._reset, self._absent,
+            self._saved, self._erase_colored, self._colors, self._byte_salad,
         ]
         # Each stream favours some kinds, so that those meet each other often.
         self._weights = [rng.choice((0, 1, 1, 2, 6)) for _ in self._kinds]
@@ -110,7 +111,8 @@ class Streams:
         rng = self._rng
         count = rng.choice((3, 8, 20, 40, 80))
         return tuple(
-            rng.choice(_MALFORMED) if rng.random() < 0.03 else rng.choices(self._kinds, self._weights)[0]().encode()
+            rng.choice(_MALFORMED) if rng.random() < 0.03
+            else rng.choices(self._kinds, self._weights)[0]().encode("utf-8", "surrogateescape")
             for _ in range(count)
         )
 
@@ -219,6 +221,71 @@ class Streams:
         long = "x" * rng.choice((252, 253, 254, 255, 256, 300))
         text = rng.choice(("", "?", "YWJj", "tïtle 漢", "a;b;c", long, "e\u0301"))
         return rng.choice(_OSC_STARTS) + kind + text + rng.choice(_OSC_ENDS)
+
+    def _edge(self) -> str:
+        """Wide characters and marks at the right edge, and what follows them."""
+        rng = self._rng
+        cells = "".join(rng.choice("漢字あ한😀Ａab\u0301\u200d\ufe0f") for _ in range(rng.randint(1, 6)))
+        after = rng.choice((
+            "", "\u0301", "\b", "\b\bx", "\r", "\n", "\t", "\x1b[Z", "\x1b[C", "\x1b[D", "\x1b[K", "\x1b[1K",
+            "\x1b[X", "\x1b[@", "\x1b[2P", "\x1b[4h漢\x1b[4l", "\x1b[m", "\x1b]2;t\a", "\x1b]2;t\x1b\\", "\x1b7z\x1b8y",
+        ))
+        return f"\x1b[{rng.randint(1, self._height)};{max(1, self._width - rng.randint(0, 2))}H{cells}{after}"
+
+    def _origin(self) -> str:
+        """Origin mode in a region, perhaps with the wrap pending, and what depends on it."""
+        rng = self._rng
+        top = rng.randint(1, self._height)
+        modes = rng.choice(("\x1b[?6h", "\x1b[?6l", "\x1b[?6h\x1b7", "\x1b[?6;7h", "\x1b[?6h\x1b[?7l"))
+        fill = rng.choice(("", "x" * self._width, "x" * (self._width + 1), "\x1b[2;2H"))
+        after = rng.choice((
+            "\n", "\x1bM", "\x1bE", "\x1b[99A", "\x1b[99B", "\x1b8", "\x1b[!p", "\x1b[6n", "\x1b[J", "\x1b[1J",
+            "\x1b[S", "\x1b[T", "漢", "\u0301", "\x1b[?7h", "\x1b[?3h",
+        ))
+        return f"\x1b[{top};{rng.randint(top, self._height + 1)}r{modes}{fill}{after}"
+
+    def _reset(self) -> str:
+        color = self._rng.choice(("", "\x1b[41m", "\x1b[7m", "\x1b[48;5;200m"))
+        return color + self._rng.choice(("\x1b[!p", "\x1bc", "\x1b#8", "\x1b[?3h", "\x1b[?3l", "\x1b#3", "\x1b#6"))
+
+    def _absent(self) -> str:
+        """What other terminals do and stock mosh does not."""
+        return self._rng.choice("ab漢") + self._rng.choice((
+            f"\x1b[{self._number()}b", "\x1b[E", "\x1b[2F", "\x1b[a", "\x1b[3e", "\x1b[s", "\x1b[u", "\x1b[?1048h",
+            "\x1b[?1049h", "\x1b[?1049l", "\x1b[3J", "\x1b[?2J", "\x1b[?K",
+            "\x1b[>4;2m", "\x1b[?6n", "\x1b[?1$p", '\x1b[1"q',
+            "\x1b['~", "\x1bN",
+        ))
+
+    def _saved(self) -> str:
+        return self._rng.choice((
+            "\x1b7", "\x1b8", "\x1b[?6h\x1b7\x1b[?6l", "\x1b[31m\x1b7\x1b[m", "\x1b[?7l\x1b7\x1b[?7h",
+            "\x1b7\x1b[!p\x1b8", "x" * self._width + "\x1b7y\x1b8z",
+        ))
+
+    def _erase_colored(self) -> str:
+        """Cells that come in with the background of the pen."""
+        color = self._rng.choice(("40", "41", "48;5;200", "48;2;1;2;3", "7", "7;41", "4;41"))
+        function = self._rng.choice((*"KJX@PLMST", "1K", "2J"))
+        return f"\x1b[{color}m" + self._rng.choice((f"\x1b[{function}", "\n", "\x1bM", "  ")) + "\x1b[m"
+
+    def _colors(self) -> str:
+        rng = self._rng
+        form = rng.choice((
+            "38;5;{}", "48;5;{}", "38:5:{}", "38;2;{};{};{}", "48;2;{};{};{}", "38:2::{}:{}:{}", "38;2;{};{}",
+            "48;5;{};1", "38;5;{};48;5;{}", "58;2;{};{};{}", "1;38;2;{};{};{};4", "{};38;5;{}",
+            "38;6;{}", "38;;5;{}", "9{}", "10{}",
+        ))
+        numbers = (rng.choice(("", "0", "1", "7", "8", "15", "16", "255", "256", "300", "65536")) for _ in range(5))
+        return f"\x1b[{form.format(*numbers)}m" + rng.choice(("", "x", "\x1b[K"))
+
+    def _byte_salad(self) -> str:
+        """Bytes with a part in UTF-8, as surrogates, in any order; and C1 controls."""
+        rng = self._rng
+        if rng.random() < 0.3:
+            return chr(rng.randint(0x80, 0x9F)) + rng.choice(("", "31m", "0;t\x9c", "0;t\a", "x\x9c", "2;2H"))
+        salad = b"\x80\x8f\x9b\xa0\xbf\xc0\xc2\xc3\xe0\xe6\xed\xf4\xf5\xf8\xfc\xfe\xffa\x1b\x18\a"
+        return bytes(rng.choice(salad) for _ in range(rng.randint(1, 7))).decode("utf-8", "surrogateescape")
 
 
 _OSC_STARTS = ("\x1b]", "\x1b]", "\x9d")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -76,15 +77,46 @@ def test_a_confirmed_epoch_shows_typing_at_once() -> None:
     assert driver.shown.lines()[0].rstrip() == "$ ls"
 
 
-def test_a_tentative_prediction_that_is_wrong_takes_the_cursor_of_its_epoch_along() -> None:
+def test_when_a_prediction_was_wrong_the_keys_under_way_are_predicted_anew() -> None:
+    """A user who types on need not pause until predictions start at the right place again."""
     driver = _typing_at_a_prompt("always", 50)
-    for sent_num, key in enumerate((b"a", b"b"), 1):
+    for sent_num, key in enumerate((b"a", b"s", b"s"), 1):
         driver.type(key)
         driver.observe(last_sent_num=sent_num)
-    driver.remote.feed(b"*")
+    driver.remote.feed(b"\b\b> x")                        # another prompt, and the program makes an x of the a
     driver.observe(echo_ack=1)
     driver.draw()
-    assert [(cursor.row, cursor.col) for cursor in driver.engine.cursors] == [(0, 3)]
+    assert [(cursor.row, cursor.col) for cursor in driver.engine.cursors] == [(0, 5)]
+    assert driver.shown.lines()[0].rstrip() == "> x"        # nobody sees it before it has come true
+    driver.remote.feed(b"s")
+    driver.observe(echo_ack=2)
+    driver.draw()
+    driver.type(b";")
+    driver.draw()
+    assert driver.shown.lines()[0].rstrip() == "> xss;"
+
+
+def test_keys_under_way_are_not_predicted_anew_when_nobody_knows_what_went_before() -> None:
+    driver = _typing_at_a_prompt("always", 50)
+    driver.type(b"ab")
+    driver.engine.reset()                                   # a paste
+    driver.type(b"c")
+    driver.remote.feed(b"*")
+    driver.observe(last_sent_num=1, echo_ack=1)
+    driver.draw()
+    assert not driver.engine.is_waiting
+
+
+def test_of_many_keys_under_way_the_newest_are_predicted_anew() -> None:
+    driver = _typing_at_a_prompt("always", 50)
+    driver.type(b"x")
+    driver.observe(last_sent_num=1)
+    driver.type(b"\x1bOD" * 1_000)
+    driver.remote.feed(b"*" * 17)
+    driver.observe(echo_ack=1)
+    driver.draw()
+    assert len(driver.engine._keys) == mosh.KEYS_LIMIT
+    assert driver.engine.cursors[-1].col == 0
 
 
 def test_what_is_predicted_looks_like_what_has_come_of_what_was_typed_before() -> None:
@@ -230,6 +262,50 @@ def test_where_a_key_at_the_edge_leads_is_not_told_before_it_has_shown(key: byte
     assert "x" not in "".join(driver.shown.lines())
 
 
+FRAME = b"$ abc      |right\x1b[1;6H"                      # the cursor behind the c, a window's frame in column 11
+
+
+@pytest.mark.parametrize(
+    ("keys", "echo", "more", "row", "text"),
+    [
+        (b"de", b"d", b"f", FRAME, "$ abcdef   |right"),
+        (b"de", b"d", b"\x7f\x7f\x7f", FRAME, "$ ab       |right"),
+        (b"de\x7f", b"d", b"\x7f\x7f", FRAME, "$ ab       |right"),
+        (b"de", b"d", b"\x1bOD\x1bODxy", FRAME, "$ abcxyde  |right"),
+        (b"de", b"d", b"fghijk", FRAME, "$ abcdefghijkight"),
+        (b"de", b"d", b"f", b"$ abcdefg\x1b[1;6H", "$ abcdfg"[:6] + "efg"),
+        (b"xy", b"x", b"\x7f", b"$ abcdefg\x1b[1;6H", "$ abcx fg"),
+        (b"xy", b"\x1b[@x", b"z", b"$ abcdefg\x1b[1;6H", "$ abcxyzdefg"),
+        (b"xy", b"\x1b[@x", b"\x7f", b"$ abcdefg\x1b[1;6H", "$ abcxdefg"),
+    ],
+)
+def test_what_typing_does_not_push_on_stays_once_that_has_been_seen(
+    keys: bytes, echo: bytes, more: bytes, row: bytes, text: str
+) -> None:
+    driver = EngineDriver(
+        {
+            "cols": 20,
+            "rows": 3,
+            "mode": "always",
+            "overwrite": False,
+            "start_send_interval_ms": 50,
+            "start_remote_hex": row.hex(),
+        }
+    )
+    driver.draw()
+    for num, key in enumerate(keys):
+        driver.type(bytes([key]))
+        driver.observe(last_sent_num=num + 1)
+    driver.remote.feed(echo)
+    driver.observe(echo_ack=1)
+    driver.draw()
+    for num, typed in enumerate(re.findall(rb"\x1bO.|.", more, re.DOTALL), start=len(keys) + 1):
+        driver.type(typed)
+        driver.observe(last_sent_num=num)
+        driver.draw()
+    assert driver.shown.lines()[0].rstrip() == text
+
+
 KEYS = st.sampled_from(
     [*(key.encode() for key in ("a", "b", " ", "\u00e9", "\u6f22", "\u0301")), b"\x7f", b"\x1bOC", b"\x1b[D", b"\r"]
 )
@@ -346,6 +422,42 @@ def test_a_password_is_never_shown(mode: mosh.PredictionMode) -> None:
     driver.observe(echo_ack=6)
     driver.draw()
     assert driver.shown.lines()[0].rstrip() == "Password:"
+
+
+@pytest.mark.parametrize("mode", ["adaptive", "always"])
+@pytest.mark.parametrize("prompt", [b"\r\nPassword: ", b" Password: ", b"\r\x1b[KPw:", b"\x1b[2J\x1b[H"])
+def test_a_password_is_not_shown_either_where_a_key_was_echoed_before_the_prompt_came(mode: str, prompt: bytes) -> None:
+    """Not even for a round trip, and not at a prompt that ends in the very column where the key left the cursor."""
+    driver = _typing_at_a_prompt(mode, 100)
+    driver.type(b"y")
+    driver.remote.feed(b"y")
+    driver.observe(last_sent_num=1, echo_ack=1)
+    driver.draw()
+    driver.remote.feed(prompt)
+    driver.draw()
+    before = vectors.shown(driver.shown)
+    for i, key in enumerate(b"secret", start=2):
+        driver.type(bytes([key]))
+        driver.observe(last_sent_num=i)
+        driver.draw()
+        assert vectors.shown(driver.shown) == before
+
+
+@pytest.mark.parametrize("under_way", [0, 1, 3])
+@pytest.mark.parametrize("password", ["s3*cret", "*s3cret", "s**cret", "***"])
+def test_a_password_is_not_shown_where_a_mask_is_shown_for_it(password: str, under_way: int) -> None:
+    """Not even if it contains what the program shows for each of its letters."""
+    driver = _typing_at_a_prompt("always", 100, b"Password: ")
+    for num, key in enumerate(password.encode(), start=1):
+        driver.type(bytes([key]))
+        driver.observe(last_sent_num=num)
+        driver.draw()
+        assert driver.shown.lines()[0].rstrip().removeprefix("Password:").strip(" *") == ""
+        if num > under_way:
+            driver.remote.feed(b"*")
+            driver.observe(echo_ack=num - under_way)
+            driver.draw()
+            assert driver.shown.lines()[0].rstrip().removeprefix("Password:").strip(" *") == ""
 
 
 def test_an_escape_key_of_the_users_own() -> None:
