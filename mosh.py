@@ -5293,12 +5293,16 @@ class ClientCore:
 
     def next_timeout(self) -> int:
         """Return when datagrams_to_send and frame_to_draw have to be asked next."""
-        deadlines: list[int] = [self.bar.next_timeout(self._drawn_at)]
-        asked = self.transport.next_timeout(), self.roaming.next_timeout(), self.engine.next_timeout(self._drawn_at)
+        deadlines = [self.bar.next_timeout(self._drawn_at)]
+        asked = self.sending_timeout(), self.engine.next_timeout(self._drawn_at)
         deadlines += [deadline for deadline in asked if deadline is not None]
         if self.is_connecting:
             deadlines.append(max(self._started_at + CONNECT_NOTICE_MS + 1, self._drawn_at + CONNECT_NOTICE_MS))
         return min(deadlines)
+
+    def sending_timeout(self) -> int | None:
+        """Return when datagrams_to_send has to be asked next, which is all while the terminal takes no frames."""
+        return earliest((self.transport.next_timeout(), self.roaming.next_timeout()))
 
     def start_shutdown(self, reason: str, now: int) -> None:
         """Leave, telling the user why and the server that."""
@@ -6600,8 +6604,13 @@ def _logger(verbose: int) -> Callable[[str], None]:
 # ======================================================================================================================
 # The client owns the user's terminal and gives it back whatever happens: on exit, on an error, on suspend. What the
 # terminal can do comes from terminfo; nearly all sequences are plain ECMA-48, which every terminal in use understands.
+#
+# A terminal may be slow, or take nothing for hours: it is paused, or at the end of a connection that hangs. The session
+# goes on meanwhile, and keys are read. The next frame is made when the last one has been taken, from what is then new.
 
 KEYBOARD_READ_BYTES = 16_384
+STALLED_MS = 1_000  # who is told to end waits no longer for a terminal that takes nothing
+_ENDING_SIGNALS = frozenset((signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGPIPE))
 LOOKUP_LIMIT_MS = 10_000  # a resolver that has not answered by then gets another chance later
 LOOKUP_LIMIT_BYTES = 16_384
 _CLOSE_SEQUENCES = b"\x1b[?1l\x1b[0m\x1b[?25h" + b"".join(
@@ -6650,6 +6659,21 @@ class RawTerminal:
         self._open = (terminfo.open if init else b"") + b"\x1b[?1h"
         self._close = _CLOSE_SEQUENCES + (terminfo.close if init else b"")
         self._entered = False
+        # output
+        self._descriptor = 1
+        self._unwritten = bytearray()
+        self.has_stalled = False  # it was left without having taken everything
+
+    @staticmethod
+    def _open_output() -> int:
+        """Return a descriptor of the terminal that does not block; 1, which mostly does, if there can be none.
+
+        Descriptor 1 itself must go on to block, since other programs write to it, too.
+        """
+        try:
+            return os.open(os.ttyname(1), os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK)
+        except OSError:  # a pipe, or the terminal of another user
+            return 1
 
     def __enter__(self) -> RawTerminal:
         self.enter()
@@ -6658,8 +6682,12 @@ class RawTerminal:
     def __exit__(self, *_error: object) -> None:
         self.leave()
 
+    # -- taking and giving back
+
     def enter(self) -> None:
         """Take the terminal, if it is still there."""
+        if not self._entered:
+            self._descriptor = self._open_output()
         self._entered = True
         try:
             modes = termios.tcgetattr(0)
@@ -6676,16 +6704,58 @@ class RawTerminal:
         modes[6][termios.VMIN], modes[6][termios.VTIME] = 1, 0
         with contextlib.suppress(termios.error):
             termios.tcsetattr(0, termios.TCSANOW, modes)
-        write_all(1, self._open)
+        self.write(self._open)
 
-    def leave(self) -> None:
-        """Give it back as it was."""
+    def leave(self, signals: Signals | None = None, farewell: bytes = b"") -> set[int]:
+        """Give it back as it was, once it has taken everything; for that wait STALLED_MS, or until `signals` end it.
+
+        Returns the signals that came meanwhile.
+        """
         if not self._entered:
-            return
+            return set()
         self._entered = False
-        write_all(1, self._close)
+        self.write(self._close + farewell)
+        arrived = self._finish(signals)
         with contextlib.suppress(termios.error):  # it may be gone
             termios.tcsetattr(0, termios.TCSANOW, self._saved)
+        if self._descriptor != 1:
+            os.close(self._descriptor)
+        return arrived
+
+    # -- output
+
+    def write(self, data: bytes) -> None:
+        """Write as much as it takes now, and keep the rest for flush."""
+        self._unwritten += data
+        self.flush()
+
+    def flush(self) -> None:
+        """Write as much of the rest as it takes now."""
+        try:
+            while self._unwritten:
+                del self._unwritten[: os.write(self._descriptor, self._unwritten)]
+        except BlockingIOError:
+            return
+        except OSError:  # it has gone; reading from it will say so
+            self._unwritten.clear()
+
+    def writable(self) -> list[int]:
+        """What to wait for before flush, nothing if all has been written."""
+        return [self._descriptor] if self._unwritten else []
+
+    def _finish(self, signals: Signals | None) -> set[int]:
+        arrived: set[int] = set()
+        while self._unwritten:
+            if signals is None:
+                if not wait((), self.writable(), monotonic_ms() + STALLED_MS):
+                    self.has_stalled = True
+                    break
+            elif signals in wait((signals,), self.writable(), None):
+                arrived |= signals.take()
+                signals = None if arrived & _ENDING_SIGNALS else signals
+            self.flush()
+        self._unwritten.clear()
+        return arrived
 
 
 class ClientOptions:
@@ -6842,18 +6912,18 @@ class Client:
         self._sockets = ClientSockets()
         self._network = NetworkWatch(monotonic_ms())
         self._lookup = lookup
-        self._signals = Signals(
-            signal.SIGWINCH, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGPIPE, signal.SIGCONT
-        )
+        self._signals = Signals(signal.SIGWINCH, signal.SIGCONT, *_ENDING_SIGNALS)
         self._stdin_open = True
+        self._told_to_end = False
 
     def run(self) -> None:
         """Run until the session has ended; the terminal is raw meanwhile."""
         with self._terminal:
             if self._asks:
-                write_all(1, SYNCHRONIZED_OUTPUT_QUERY)
+                self._terminal.write(SYNCHRONIZED_OUTPUT_QUERY)
             self._serve()
-            write_all(1, self._core.last_frame(monotonic_ms()))
+            self._terminal.write(self._core.last_frame(monotonic_ms()))
+            self._terminal.leave(None if self._told_to_end else self._signals)
 
     def close(self) -> None:
         """Let go of everything but the terminal, which has been given back."""
@@ -6873,8 +6943,10 @@ class Client:
                 return
             readable = [*self._sockets.all, self._signals, *self._network.readable(), *self._lookup.readable()]
             readable += [0] * (self._stdin_open and core.takes_keys)
-            deadlines = (core.next_timeout(), self._network.next_timeout(), self._lookup.next_timeout())
-            ready = wait(readable, (), earliest(deadlines))
+            unwritten = self._terminal.writable()
+            core_timeout = core.sending_timeout() if unwritten else core.next_timeout()
+            deadlines = (core_timeout, self._network.next_timeout(), self._lookup.next_timeout())
+            ready = wait(readable, unwritten, earliest(deadlines))
             now = monotonic_ms()
             for udp in self._sockets.all:
                 if udp in ready:
@@ -6887,9 +6959,9 @@ class Client:
                 self._obey(self._signals.take(), now)
 
     def _draw(self) -> None:
-        frame = self._core.frame_to_draw(monotonic_ms())
-        if frame:
-            write_all(1, frame)
+        self._terminal.flush()
+        if not self._terminal.writable():
+            self._terminal.write(self._core.frame_to_draw(monotonic_ms()))
 
     # -- network
 
@@ -6966,10 +7038,9 @@ class Client:
             self._suspend()
 
     def _suspend(self) -> None:
-        self._terminal.leave()
-        write_all(1, b"\n\x1b[37;44m[mosh is suspended.]\x1b[m\n")
+        arrived = self._terminal.leave(self._signals, b"\r\n\x1b[37;44m[mosh is suspended.]\x1b[m\r\n")
         os.kill(0, signal.SIGSTOP)  # the whole job, so that the shell notices
-        self._obey({signal.SIGCONT, *self._signals.take()}, monotonic_ms())
+        self._obey({signal.SIGCONT, *arrived, *self._signals.take()}, monotonic_ms())
 
     def _obey(self, arrived: set[int], now: int) -> None:
         """Do what these signals ask for."""
@@ -6979,7 +7050,8 @@ class Client:
             self._core.roaming.network_changed(now)  # nobody knows for how long we were stopped
         if arrived & {signal.SIGCONT, signal.SIGWINCH}:
             self._core.resize(*window_size(0), now)
-        if arrived & {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGPIPE}:
+        if arrived & _ENDING_SIGNALS:
+            self._told_to_end = True
             self._core.start_shutdown("Signal received, shutting down...", now)
 
 
@@ -7008,6 +7080,9 @@ def run_client(
         client.run()
     finally:
         client.close()
+    status = 0 if core.transport.clean and not core.is_connecting else 1
+    if terminal.has_stalled:  # nobody would read the rest, and writing it might never end
+        return status
     if core.is_connecting:
         places = " or ".join(f"{candidate}:{port}" for candidate in candidates)
         instead = f', but "{core.icmp_error}"' if core.icmp_error else ""
@@ -7015,7 +7090,7 @@ def run_client(
     elif not core.transport.clean:
         print(_UNCLEAN, file=sys.stderr)
     write_all(1, b"[mosh is exiting.]\n")
-    return 0 if core.transport.clean and not core.is_connecting else 1
+    return status
 
 
 _NO_ANSWER = """
