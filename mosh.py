@@ -5436,7 +5436,7 @@ def write_all(descriptor: int, data: bytes) -> None:
         try:
             view = view[os.write(descriptor, view) :]
         except BlockingIOError:
-            select.select((), (descriptor,), ())
+            wait((), (descriptor,), None)
         except OSError:
             return
 
@@ -5790,8 +5790,23 @@ class Signals:
 def wait(readable: Iterable[Any], writable: Iterable[Any], deadline: int | None) -> set[Any]:
     """Return those of the given objects (or descriptors) that are ready; none at `deadline`, or now and then."""
     wait_ms = LONGEST_WAIT_MS if deadline is None else deadline - monotonic_ms()
-    ready = select.select(list(readable), list(writable), (), max(0, min(wait_ms, LONGEST_WAIT_MS)) / 1000)
+    wait_ms = max(0, min(wait_ms, LONGEST_WAIT_MS))
+    wanted = list(readable), list(writable)
+    try:
+        ready = select.select(*wanted, (), wait_ms / 1000)
+    except ValueError:  # a descriptor beyond 1023: whoever started us has left so many open
+        return _poll(*wanted, wait_ms)
     return {*ready[0], *ready[1]}
+
+
+def _poll(readable: list[Any], writable: list[Any], wait_ms: int) -> set[Any]:
+    poller, items = select.poll(), [*readable, *writable]
+    numbers = [item if isinstance(item, int) else item.fileno() for item in items]
+    for number in numbers:
+        events = select.POLLIN * (number in numbers[: len(readable)])
+        poller.register(number, events | select.POLLOUT * (number in numbers[len(readable) :]))
+    ready = {number for number, _event in poller.poll(wait_ms)}
+    return {item for item, number in zip(items, numbers) if number in ready}
 
 
 def open_standard_descriptors() -> None:
