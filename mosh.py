@@ -4687,7 +4687,8 @@ TITLE_PREFIX = "[mosh] "
 # is asked once (DECRQM); the answer comes in among the user's keys, and soon if at all.
 SYNCHRONIZED_OUTPUT_QUERY = b"\x1b[?2026$p"
 _SYNCHRONIZED_OUTPUT_REPLY = lazy_pattern(rb"\x1b\[\?2026;([0-4])\$y")
-_CUT_OFF_REPLY = lazy_pattern(rb"\x1b\[\?[0-9]{0,4}(?:;[0-4]?\$?)?\Z")  # no key sends the first three bytes
+_CUT_OFF_REPLY = lazy_pattern(rb"\x1b(?:\[(?:\?[0-9]{0,4}(?:;[0-4]?\$?)?)?)?\Z")  # no key sends the first three bytes
+_ESCAPE_KEY_MS = 50  # but one or two may be the Escape key and Alt-[, if no more follows for so long
 _TERMINAL_REPLY_MS = 5_000  # from then on all input is the user's
 
 
@@ -5092,6 +5093,7 @@ class ClientCore:
         self.suspend_requested = False  # the shell takes it back once it has suspended
         self._asks_terminal_until = now + _TERMINAL_REPLY_MS
         self._cut_off_reply = b""
+        self._keys_at: int | None = None  # when that is taken for keys
         # the user's screen
         self._frame_marks = (b"", b"")  # around each frame
         self.engine = PredictionEngine(mode, overwrite, emulator.framebuffer.codebook)
@@ -5156,7 +5158,10 @@ class ClientCore:
         if self.phase in (Phase.CLOSING, Phase.CLOSED):
             return
         if now < self._asks_terminal_until or self._cut_off_reply:
-            data = self._without_reply(data)
+            data = self._without_reply(data, now)
+        self._take_keys(data, now)
+
+    def _take_keys(self, data: bytes, now: int) -> None:
         self._observe()
         self.engine.cull(self.screen, now)
         if len(data) > BULK_READ_BYTES:
@@ -5170,9 +5175,9 @@ class ClientCore:
                 return
         self._push(typed, now)
 
-    def _without_reply(self, data: bytes) -> bytes:
+    def _without_reply(self, data: bytes, now: int) -> bytes:
         """Take the terminal's answer to SYNCHRONIZED_OUTPUT_QUERY out of the user's keys."""
-        data = self._cut_off_reply + data
+        data, self._keys_at = self._cut_off_reply + data, None
         reply = _SYNCHRONIZED_OUTPUT_REPLY.search(data)
         if reply:
             self._asks_terminal_until, self._cut_off_reply = 0, b""
@@ -5182,6 +5187,8 @@ class ClientCore:
         cut_off = _CUT_OFF_REPLY.search(data)
         end = cut_off.start() if cut_off else len(data)
         self._cut_off_reply = data[end:]
+        if 0 < len(data) - end < 3:
+            self._keys_at = now + _ESCAPE_KEY_MS
         return data[:end]
 
     def resize(self, width: int, height: int, now: int) -> None:
@@ -5238,6 +5245,9 @@ class ClientCore:
 
     def datagrams_to_send(self, now: int) -> list[bytes]:
         """Return the datagrams that are due, for the first address in `peers`; others get COPY_DATAGRAMS of them."""
+        if self._keys_at is not None and now >= self._keys_at:
+            keys, self._cut_off_reply, self._keys_at = self._cut_off_reply, b"", None
+            self._take_keys(keys, now)
         self._update_notices(now)
         self.roaming.update(self.transport, now)
         datagrams = self.transport.datagrams_to_send(now)
@@ -5302,7 +5312,7 @@ class ClientCore:
 
     def sending_timeout(self) -> int | None:
         """Return when datagrams_to_send has to be asked next, which is all while the terminal takes no frames."""
-        return earliest((self.transport.next_timeout(), self.roaming.next_timeout()))
+        return earliest((self.transport.next_timeout(), self.roaming.next_timeout(), self._keys_at))
 
     def start_shutdown(self, reason: str, now: int) -> None:
         """Leave, telling the user why and the server that."""

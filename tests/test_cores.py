@@ -293,13 +293,40 @@ def test_nothing_is_typed_any_more_once_the_client_is_leaving() -> None:
 REPLY = b"\x1b[?2026;2$y"
 
 
-@pytest.mark.parametrize("cut", [0, *range(3, len(REPLY) + 1)])  # one byte or two may be the Escape key and Alt-[
+@pytest.mark.parametrize("cut", range(len(REPLY) + 1))
 def test_the_terminals_answer_is_not_typed(cut: int) -> None:
     client = _client()
     client.receive_keys(b"ab" + REPLY[:cut], now=10)
     client.receive_keys(REPLY[cut:] + b"cd", now=20)
     client.receive_keys(b"e", now=30)
     assert _pressed(client) == b"abcde"
+
+
+def test_an_answer_that_comes_byte_by_byte_is_not_typed() -> None:
+    """As over a serial line."""
+    client = _client()
+    for place, byte in enumerate(b"a" + REPLY + b"b"):
+        client.receive_keys(bytes((byte,)), now=20 * place)
+        client.datagrams_to_send(now=20 * place)
+    assert _pressed(client) == b"ab"
+
+
+@pytest.mark.parametrize("key", [b"\x1b", b"\x1b["])
+def test_the_beginning_of_an_answer_alone_is_a_key_and_goes_out_soon(key: bytes) -> None:
+    client = _client()
+    client.receive_keys(key, now=10)
+    assert client.next_timeout() <= 10 + mosh._ESCAPE_KEY_MS
+    client.datagrams_to_send(now=10 + mosh._ESCAPE_KEY_MS)
+    assert _pressed(client) == key
+    client.receive_keys(b"x", now=200)
+    assert _pressed(client) == key + b"x"
+
+
+def test_the_escape_key_does_not_wait_once_the_terminal_has_answered() -> None:
+    client = _client()
+    client.receive_keys(REPLY, now=10)
+    client.receive_keys(b"\x1b", now=20)
+    assert _pressed(client) == b"\x1b"
 
 
 # the answer, whether frames are put between marks from then on
