@@ -5766,15 +5766,15 @@ class Signals:
         self._reader, self._writer = socket.socketpair()
         self._reader.setblocking(False)
         self._writer.setblocking(False)
+        self._arrived: set[int] = set()
         self._old_handlers: dict[int, Any] = {}
         self._old_wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         for number in numbers:
-            self._old_handlers[number] = signal.signal(number, self._ignore)
+            self._old_handlers[number] = signal.signal(number, self._note)
         self._old_mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
 
-    @staticmethod
-    def _ignore(_number: int, _frame: FrameType | None) -> None:
-        """The byte that Python writes to the wakeup descriptor says it all."""
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        self._arrived.add(number)  # the byte that Python writes to the wakeup descriptor is lost when others fill it
 
     def fileno(self) -> int:
         """The descriptor, for a selector."""
@@ -5782,10 +5782,10 @@ class Signals:
 
     def take(self) -> set[int]:
         """Return the signals that came since the last call."""
-        try:
-            return set(self._reader.recv(4096))
-        except BlockingIOError:
-            return set()
+        with contextlib.suppress(BlockingIOError):
+            self._reader.recv(4096)
+        arrived, self._arrived = self._arrived, set()
+        return arrived
 
     def close(self) -> None:
         """Restore what was before."""
