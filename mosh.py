@@ -3750,6 +3750,7 @@ SIZE_LIMIT = 0xFFFF  # rows or columns; what the kernel's window size can hold
 SCREEN_LIMIT_CELLS = 1 << 20  # what an end is willing to draw; five times a wall of 4K monitors
 EVENT_LIMIT = 2 * INSTRUCTION_LIMIT_BYTES  # events kept for diffs; a peer that needs more is broken
 HELLO_LIMIT_BYTES = 4_096
+HOST_INSTRUCTION_LIMIT = 64  # in a HostMessage, which takes one of each kind; 300,000 resizes would take 8 minutes
 CAPABILITIES: tuple[str, ...] = ()  # what this version can do beyond stock mosh
 
 
@@ -3968,7 +3969,9 @@ class TerminalState:
     def applied(self, diff: bytes) -> TerminalState:
         """See State."""
         new = TerminalState(self.emulator.copy(), self.echo_ack, self.hello)
-        for fields in _decode_instructions(diff):
+        for count, fields in enumerate(_decode_instructions(diff)):
+            if count >= HOST_INSTRUCTION_LIMIT:
+                raise PacketError("a screen is told in too many instructions")
             if HOST_BYTES in fields:
                 new.emulator.feed(_bytes_field(fields[HOST_BYTES], HOST_STRING))
             elif HOST_RESIZE in fields:
