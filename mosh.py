@@ -6573,13 +6573,20 @@ def serve(options: ServerOptions) -> int:
     if os.isatty(0):
         write_all(1, b"\r\n\n")  # what was typed ahead has been echoed, and must not share our line
     width, height = window_size(0)
-    sys.stdout.write(f"MOSH CONNECT {udp.port} {key.to_text()}\n")
-    sys.stdout.flush()
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, _SERVER_SIGNALS)  # who has been told of the server may signal it at once
-    pid = os.fork()
+    try:
+        pid = os.fork()
+    except OSError as error:
+        raise BootstrapError(f"a session needs a process, and none can be started: {error.strerror}") from None
     if pid:
+        try:
+            sys.stdout.write(f"MOSH CONNECT {udp.port} {key.to_text()}\n")
+            sys.stdout.flush()
+        except OSError:
+            os.kill(pid, signal.SIGKILL)  # nobody knows how to reach it
+            raise
         print(f"\nmosh-server (mosh.py {__version__})\n\n[mosh-server detached, pid = {pid}]", file=sys.stderr)
         sys.stderr.flush()
         os._exit(0)  # everything is written, and taking the interpreter down in good order takes 3 ms
@@ -6624,7 +6631,12 @@ def _detach(keep_output: bool) -> None:
 def _logger(verbose: int) -> Callable[[str], None]:
     if not verbose:
         return lambda _text: None
-    return lambda text: write_all(2, os.fsencode(f"[{monotonic_ms() % 100_000}] {text}\n"))
+
+    def log(text: str) -> None:
+        if wait((), (2,), 0):  # a line that nobody reads must not stop the session
+            write_all(2, os.fsencode(f"[{monotonic_ms() % 100_000}] {text}\n"))
+
+    return log
 
 
 # ======================================================================================================================
