@@ -7066,6 +7066,8 @@ class Client:
     def _read_keys(self, now: int) -> None:
         try:
             keys = os.read(0, KEYBOARD_READ_BYTES)
+        except BlockingIOError:  # another program that reads from the terminal was faster
+            return
         except OSError:
             keys = b""
         if not keys:

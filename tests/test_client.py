@@ -477,6 +477,20 @@ def test_the_goodbye_of_the_server_needs_no_further_waiting() -> None:
     assert server.transport.clean and client.transport.clean
 
 
+@pytest.mark.parametrize(("number", "goes_on"), [(errno.EAGAIN, True), (errno.EIO, False)])
+def test_keys_that_another_program_has_read_are_not_the_end_of_input(
+    number: int, goes_on: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(_descriptor: int, _size: int) -> bytes:
+        raise OSError(number, os.strerror(number))
+
+    client = _paste_through(Sockets({}))
+    client._stdin_open = True
+    monkeypatch.setattr(os, "read", read)
+    client._read_keys(0)
+    assert client._stdin_open == goes_on
+
+
 def test_a_terminal_that_vanishes_ends_the_client(home: Path) -> None:
     with running_server("ours", session_env(home), command=("cat",)) as server:
         keeper, user = pty.openpty()
