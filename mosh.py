@@ -4687,12 +4687,13 @@ DEFAULT_ESCAPE_KEY = 0x1E  # Ctrl-^
 TITLE_PREFIX = "[mosh] "
 
 # Synchronized output (DEC private mode 2026): a terminal that has it shows a frame only when all of it has arrived. It
-# is asked once (DECRQM); the answer comes in among the user's keys, and soon if at all.
+# is asked once (DECRQM); the answer comes in among the user's keys, late if the terminal is at the end of a connection
+# that hangs, and never from some.
 SYNCHRONIZED_OUTPUT_QUERY = b"\x1b[?2026$p"
 _SYNCHRONIZED_OUTPUT_REPLY = lazy_pattern(rb"\x1b\[\?2026;([0-4])\$y")
 _CUT_OFF_REPLY = lazy_pattern(rb"\x1b(?:\[(?:\?[0-9]{0,4}(?:;[0-4]?\$?)?)?)?\Z")  # no key sends the first three bytes
-_ESCAPE_KEY_MS = 50  # but one or two may be the Escape key and Alt-[, if no more follows for so long
-_TERMINAL_REPLY_MS = 5_000  # from then on all input is the user's
+_ESCAPE_KEY_MS = 50  # but one or two may be the Escape key and Alt-[, if no more follows for so long;
+_TERMINAL_REPLY_MS = 5_000  # nor do these keys wait for it any more when the terminal has had so long to answer
 
 
 def earliest(deadlines: Iterable[int | None]) -> int | None:
@@ -5094,7 +5095,8 @@ class ClientCore:
         self._in_command = False
         self._after_newline = False
         self.suspend_requested = False  # the shell takes it back once it has suspended
-        self._asks_terminal_until = now + _TERMINAL_REPLY_MS
+        self._awaits_reply = True
+        self._escape_waits_until = now + _TERMINAL_REPLY_MS
         self._cut_off_reply = b""
         self._keys_at: int | None = None  # when that is taken for keys
         # the user's screen
@@ -5158,13 +5160,13 @@ class ClientCore:
 
     def receive_keys(self, data: bytes, now: int) -> None:
         """Take in what the user typed, one read at a time: a long one is a paste and is not predicted."""
-        if self.phase in (Phase.CLOSING, Phase.CLOSED):
-            return
-        if now < self._asks_terminal_until or self._cut_off_reply:
+        if self._awaits_reply:
             data = self._without_reply(data, now)
         self._take_keys(data, now)
 
     def _take_keys(self, data: bytes, now: int) -> None:
+        if self.phase in (Phase.CLOSING, Phase.CLOSED):
+            return
         self._observe()
         self.engine.cull(self.screen, now)
         if len(data) > BULK_READ_BYTES:
@@ -5183,15 +5185,18 @@ class ClientCore:
         data, self._keys_at = self._cut_off_reply + data, None
         reply = _SYNCHRONIZED_OUTPUT_REPLY.search(data)
         if reply:
-            self._asks_terminal_until, self._cut_off_reply = 0, b""
+            self._awaits_reply, self._cut_off_reply = False, b""
             if reply[1] in (b"1", b"2"):  # it is set or reset, so it is there
                 self._frame_marks = (b"\x1b[?2026h", b"\x1b[?2026l")
             return data[: reply.start()] + data[reply.end() :]
         cut_off = _CUT_OFF_REPLY.search(data)
         end = cut_off.start() if cut_off else len(data)
-        self._cut_off_reply = data[end:]
         if 0 < len(data) - end < 3:
-            self._keys_at = now + _ESCAPE_KEY_MS
+            if now < self._escape_waits_until:
+                self._keys_at = now + _ESCAPE_KEY_MS
+            else:
+                end = len(data)
+        self._cut_off_reply = data[end:]
         return data[:end]
 
     def resize(self, width: int, height: int, now: int) -> None:

@@ -322,6 +322,14 @@ def test_the_beginning_of_an_answer_alone_is_a_key_and_goes_out_soon(key: bytes)
     assert _pressed(client) == key + b"x"
 
 
+def test_an_escape_key_that_waits_when_the_session_is_ended_is_not_typed() -> None:
+    client = _client()
+    client.receive_keys(b"a\x1b", now=10)
+    client.start_shutdown("", now=20)
+    client.datagrams_to_send(now=200)
+    assert _pressed(client) == b"a"
+
+
 def test_the_escape_key_does_not_wait_once_the_terminal_has_answered() -> None:
     client = _client()
     client.receive_keys(REPLY, now=10)
@@ -342,13 +350,18 @@ def test_frames_are_shown_at_once_where_the_terminal_can(answer: bytes, marked: 
     assert client.frame_to_draw(now=10) == b""
 
 
-def test_an_answer_is_not_looked_for_twice_nor_late() -> None:
+def test_an_answer_is_not_looked_for_twice() -> None:
     client = _client()
     client.receive_keys(REPLY + REPLY, now=10)
     assert _pressed(client) == REPLY
+
+
+def test_a_late_answer_is_not_typed_and_the_escape_key_does_not_wait_for_it() -> None:
     client = _client()
-    client.receive_keys(REPLY, now=60_000)
-    assert _pressed(client) == REPLY
+    client.receive_keys(b"\x1b", now=mosh._TERMINAL_REPLY_MS)
+    assert _pressed(client) == b"\x1b"
+    client.receive_keys(b"a" + REPLY + b"b", now=60_000)
+    assert _pressed(client) == b"\x1bab"
 
 
 def test_keys_that_look_like_an_answer_arrive_with_the_next_key() -> None:
