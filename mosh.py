@@ -3750,6 +3750,7 @@ SIZE_LIMIT = 0xFFFF  # rows or columns; what the kernel's window size can hold
 SCREEN_LIMIT_CELLS = 1 << 20  # what an end is willing to draw; five times a wall of 4K monitors
 EVENT_LIMIT = 2 * INSTRUCTION_LIMIT_BYTES  # events kept for diffs; a peer that needs more is broken
 HELLO_LIMIT_BYTES = 4_096
+HOST_INSTRUCTION_LIMIT = 64  # in a HostMessage, which takes one of each kind; 300,000 resizes would take 8 minutes
 CAPABILITIES: tuple[str, ...] = ()  # what this version can do beyond stock mosh
 
 
@@ -3968,7 +3969,9 @@ class TerminalState:
     def applied(self, diff: bytes) -> TerminalState:
         """See State."""
         new = TerminalState(self.emulator.copy(), self.echo_ack, self.hello)
-        for fields in _decode_instructions(diff):
+        for count, fields in enumerate(_decode_instructions(diff)):
+            if count >= HOST_INSTRUCTION_LIMIT:
+                raise PacketError("a screen is told in too many instructions")
             if HOST_BYTES in fields:
                 new.emulator.feed(_bytes_field(fields[HOST_BYTES], HOST_STRING))
             elif HOST_RESIZE in fields:
@@ -4747,11 +4750,13 @@ DEFAULT_ESCAPE_KEY = 0x1E  # Ctrl-^
 TITLE_PREFIX = "[mosh] "
 
 # Synchronized output (DEC private mode 2026): a terminal that has it shows a frame only when all of it has arrived. It
-# is asked once (DECRQM); the answer comes in among the user's keys, and soon if at all.
+# is asked once (DECRQM); the answer comes in among the user's keys, late if the terminal is at the end of a connection
+# that hangs, and never from some.
 SYNCHRONIZED_OUTPUT_QUERY = b"\x1b[?2026$p"
 _SYNCHRONIZED_OUTPUT_REPLY = lazy_pattern(rb"\x1b\[\?2026;([0-4])\$y")
-_CUT_OFF_REPLY = lazy_pattern(rb"\x1b\[\?[0-9]{0,4}(?:;[0-4]?\$?)?\Z")  # no key sends the first three bytes
-_TERMINAL_REPLY_MS = 5_000  # from then on all input is the user's
+_CUT_OFF_REPLY = lazy_pattern(rb"\x1b(?:\[(?:\?[0-9]{0,4}(?:;[0-4]?\$?)?)?)?\Z")  # no key sends the first three bytes
+_ESCAPE_KEY_MS = 50  # but one or two may be the Escape key and Alt-[, if no more follows for so long;
+_TERMINAL_REPLY_MS = 5_000  # nor do these keys wait for it any more when the terminal has had so long to answer
 
 
 def earliest(deadlines: Iterable[int | None]) -> int | None:
@@ -5153,8 +5158,10 @@ class ClientCore:
         self._in_command = False
         self._after_newline = False
         self.suspend_requested = False  # the shell takes it back once it has suspended
-        self._asks_terminal_until = now + _TERMINAL_REPLY_MS
+        self._awaits_reply = True
+        self._escape_waits_until = now + _TERMINAL_REPLY_MS
         self._cut_off_reply = b""
+        self._keys_at: int | None = None  # when that is taken for keys
         # the user's screen
         self._frame_marks = (b"", b"")  # around each frame
         self.engine = PredictionEngine(mode, overwrite, emulator.framebuffer.codebook)
@@ -5218,10 +5225,13 @@ class ClientCore:
 
     def receive_keys(self, data: bytes, now: int) -> None:
         """Take in what the user typed, one read at a time: a long one is a paste and is not predicted."""
+        if self._awaits_reply:
+            data = self._without_reply(data, now)
+        self._take_keys(data, now)
+
+    def _take_keys(self, data: bytes, now: int) -> None:
         if self.phase in (Phase.CLOSING, Phase.CLOSED):
             return
-        if now < self._asks_terminal_until or self._cut_off_reply:
-            data = self._without_reply(data)
         self._observe()
         self.engine.cull(self.screen, now)
         if len(data) > BULK_READ_BYTES:
@@ -5235,17 +5245,22 @@ class ClientCore:
                 return
         self._push(typed, now)
 
-    def _without_reply(self, data: bytes) -> bytes:
+    def _without_reply(self, data: bytes, now: int) -> bytes:
         """Take the terminal's answer to SYNCHRONIZED_OUTPUT_QUERY out of the user's keys."""
-        data = self._cut_off_reply + data
+        data, self._keys_at = self._cut_off_reply + data, None
         reply = _SYNCHRONIZED_OUTPUT_REPLY.search(data)
         if reply:
-            self._asks_terminal_until, self._cut_off_reply = 0, b""
+            self._awaits_reply, self._cut_off_reply = False, b""
             if reply[1] in (b"1", b"2"):  # it is set or reset, so it is there
                 self._frame_marks = (b"\x1b[?2026h", b"\x1b[?2026l")
             return data[: reply.start()] + data[reply.end() :]
         cut_off = _CUT_OFF_REPLY.search(data)
         end = cut_off.start() if cut_off else len(data)
+        if 0 < len(data) - end < 3:
+            if now < self._escape_waits_until:
+                self._keys_at = now + _ESCAPE_KEY_MS
+            else:
+                end = len(data)
         self._cut_off_reply = data[end:]
         return data[:end]
 
@@ -5303,6 +5318,9 @@ class ClientCore:
 
     def datagrams_to_send(self, now: int) -> list[bytes]:
         """Return the datagrams that are due, for the first address in `peers`; others get COPY_DATAGRAMS of them."""
+        if self._keys_at is not None and now >= self._keys_at:
+            keys, self._cut_off_reply, self._keys_at = self._cut_off_reply, b"", None
+            self._take_keys(keys, now)
         self._update_notices(now)
         self.roaming.update(self.transport, now)
         datagrams = self.transport.datagrams_to_send(now)
@@ -5358,12 +5376,16 @@ class ClientCore:
 
     def next_timeout(self) -> int:
         """Return when datagrams_to_send and frame_to_draw have to be asked next."""
-        deadlines: list[int] = [self.bar.next_timeout(self._drawn_at)]
-        asked = self.transport.next_timeout(), self.roaming.next_timeout(), self.engine.next_timeout(self._drawn_at)
+        deadlines = [self.bar.next_timeout(self._drawn_at)]
+        asked = self.sending_timeout(), self.engine.next_timeout(self._drawn_at)
         deadlines += [deadline for deadline in asked if deadline is not None]
         if self.is_connecting:
             deadlines.append(max(self._started_at + CONNECT_NOTICE_MS + 1, self._drawn_at + CONNECT_NOTICE_MS))
         return min(deadlines)
+
+    def sending_timeout(self) -> int | None:
+        """Return when datagrams_to_send has to be asked next, which is all while the terminal takes no frames."""
+        return earliest((self.transport.next_timeout(), self.roaming.next_timeout(), self._keys_at))
 
     def start_shutdown(self, reason: str, now: int) -> None:
         """Leave, telling the user why and the server that."""
@@ -5497,7 +5519,7 @@ def write_all(descriptor: int, data: bytes) -> None:
         try:
             view = view[os.write(descriptor, view) :]
         except BlockingIOError:
-            select.select((), (descriptor,), ())
+            wait((), (descriptor,), None)
         except OSError:
             return
 
@@ -5817,15 +5839,15 @@ class Signals:
         self._reader, self._writer = socket.socketpair()
         self._reader.setblocking(False)
         self._writer.setblocking(False)
+        self._arrived: set[int] = set()
         self._old_handlers: dict[int, Any] = {}
         self._old_wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         for number in numbers:
-            self._old_handlers[number] = signal.signal(number, self._ignore)
+            self._old_handlers[number] = signal.signal(number, self._note)
         self._old_mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
 
-    @staticmethod
-    def _ignore(_number: int, _frame: FrameType | None) -> None:
-        """The byte that Python writes to the wakeup descriptor says it all."""
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        self._arrived.add(number)  # the byte that Python writes to the wakeup descriptor is lost when others fill it
 
     def fileno(self) -> int:
         """The descriptor, for a selector."""
@@ -5833,10 +5855,10 @@ class Signals:
 
     def take(self) -> set[int]:
         """Return the signals that came since the last call."""
-        try:
-            return set(self._reader.recv(4096))
-        except BlockingIOError:
-            return set()
+        with contextlib.suppress(BlockingIOError):
+            self._reader.recv(4096)
+        arrived, self._arrived = self._arrived, set()
+        return arrived
 
     def close(self) -> None:
         """Restore what was before."""
@@ -5851,8 +5873,23 @@ class Signals:
 def wait(readable: Iterable[Any], writable: Iterable[Any], deadline: int | None) -> set[Any]:
     """Return those of the given objects (or descriptors) that are ready; none at `deadline`, or now and then."""
     wait_ms = LONGEST_WAIT_MS if deadline is None else deadline - monotonic_ms()
-    ready = select.select(list(readable), list(writable), (), max(0, min(wait_ms, LONGEST_WAIT_MS)) / 1000)
+    wait_ms = max(0, min(wait_ms, LONGEST_WAIT_MS))
+    wanted = list(readable), list(writable)
+    try:
+        ready = select.select(*wanted, (), wait_ms / 1000)
+    except ValueError:  # a descriptor beyond 1023: whoever started us has left so many open
+        return _poll(*wanted, wait_ms)
     return {*ready[0], *ready[1]}
+
+
+def _poll(readable: list[Any], writable: list[Any], wait_ms: int) -> set[Any]:
+    poller, items = select.poll(), [*readable, *writable]
+    numbers = [item if isinstance(item, int) else item.fileno() for item in items]
+    for number in numbers:
+        events = select.POLLIN * (number in numbers[: len(readable)])
+        poller.register(number, events | select.POLLOUT * (number in numbers[len(readable) :]))
+    ready = {number for number, _event in poller.poll(wait_ms)}
+    return {item for item, number in zip(items, numbers) if number in ready}
 
 
 def open_standard_descriptors() -> None:
@@ -6611,13 +6648,20 @@ def serve(options: ServerOptions) -> int:
     if os.isatty(0):
         write_all(1, b"\r\n\n")  # what was typed ahead has been echoed, and must not share our line
     width, height = window_size(0)
-    sys.stdout.write(f"MOSH CONNECT {udp.port} {key.to_text()}\n")
-    sys.stdout.flush()
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, _SERVER_SIGNALS)  # who has been told of the server may signal it at once
-    pid = os.fork()
+    try:
+        pid = os.fork()
+    except OSError as error:
+        raise BootstrapError(f"a session needs a process, and none can be started: {error.strerror}") from None
     if pid:
+        try:
+            sys.stdout.write(f"MOSH CONNECT {udp.port} {key.to_text()}\n")
+            sys.stdout.flush()
+        except OSError:
+            os.kill(pid, signal.SIGKILL)  # nobody knows how to reach it
+            raise
         print(f"\nmosh-server (mosh.py {__version__})\n\n[mosh-server detached, pid = {pid}]", file=sys.stderr)
         sys.stderr.flush()
         os._exit(0)  # everything is written, and taking the interpreter down in good order takes 3 ms
@@ -6662,7 +6706,12 @@ def _detach(keep_output: bool) -> None:
 def _logger(verbose: int) -> Callable[[str], None]:
     if not verbose:
         return lambda _text: None
-    return lambda text: write_all(2, os.fsencode(f"[{monotonic_ms() % 100_000}] {text}\n"))
+
+    def log(text: str) -> None:
+        if wait((), (2,), 0):  # a line that nobody reads must not stop the session
+            write_all(2, os.fsencode(f"[{monotonic_ms() % 100_000}] {text}\n"))
+
+    return log
 
 
 # ======================================================================================================================
@@ -6670,8 +6719,13 @@ def _logger(verbose: int) -> Callable[[str], None]:
 # ======================================================================================================================
 # The client owns the user's terminal and gives it back whatever happens: on exit, on an error, on suspend. What the
 # terminal can do comes from terminfo; nearly all sequences are plain ECMA-48, which every terminal in use understands.
+#
+# A terminal may be slow, or take nothing for hours: it is paused, or at the end of a connection that hangs. The session
+# goes on meanwhile, and keys are read. The next frame is made when the last one has been taken, from what is then new.
 
 KEYBOARD_READ_BYTES = 16_384
+STALLED_MS = 1_000  # who is told to end waits no longer for a terminal that takes nothing
+_ENDING_SIGNALS = frozenset((signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGPIPE))
 LOOKUP_LIMIT_MS = 10_000  # a resolver that has not answered by then gets another chance later
 LOOKUP_LIMIT_BYTES = 16_384
 _CLOSE_SEQUENCES = b"\x1b[?1l\x1b[0m\x1b[?25h" + b"".join(
@@ -6725,6 +6779,21 @@ class RawTerminal:
         self._open = (terminfo.open if init else b"") + b"\x1b[?1h"
         self._close = _CLOSE_SEQUENCES + (terminfo.close if init else b"")
         self._entered = False
+        # output
+        self._descriptor = 1
+        self._unwritten = bytearray()
+        self.has_stalled = False  # it was left without having taken everything
+
+    @staticmethod
+    def _open_output() -> int:
+        """Return a descriptor of the terminal that does not block; 1, which mostly does, if there can be none.
+
+        Descriptor 1 itself must go on to block, since other programs write to it, too.
+        """
+        try:
+            return os.open(os.ttyname(1), os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK)
+        except OSError:  # a pipe, or the terminal of another user
+            return 1
 
     def __enter__(self) -> RawTerminal:
         self.enter()
@@ -6733,8 +6802,12 @@ class RawTerminal:
     def __exit__(self, *_error: object) -> None:
         self.leave()
 
+    # -- taking and giving back
+
     def enter(self) -> None:
         """Take the terminal, if it is still there."""
+        if not self._entered:
+            self._descriptor = self._open_output()
         self._entered = True
         try:
             modes = termios.tcgetattr(0)
@@ -6751,16 +6824,58 @@ class RawTerminal:
         modes[6][termios.VMIN], modes[6][termios.VTIME] = 1, 0
         with contextlib.suppress(termios.error):
             termios.tcsetattr(0, termios.TCSANOW, modes)
-        write_all(1, self._open)
+        self.write(self._open)
 
-    def leave(self) -> None:
-        """Give it back as it was."""
+    def leave(self, signals: Signals | None = None, farewell: bytes = b"") -> set[int]:
+        """Give it back as it was, once it has taken everything; for that wait STALLED_MS, or until `signals` end it.
+
+        Returns the signals that came meanwhile.
+        """
         if not self._entered:
-            return
+            return set()
         self._entered = False
-        write_all(1, self._close)
+        self.write(self._close + farewell)
+        arrived = self._finish(signals)
         with contextlib.suppress(termios.error):  # it may be gone
             termios.tcsetattr(0, termios.TCSANOW, self._saved)
+        if self._descriptor != 1:
+            os.close(self._descriptor)
+        return arrived
+
+    # -- output
+
+    def write(self, data: bytes) -> None:
+        """Write as much as it takes now, and keep the rest for flush."""
+        self._unwritten += data
+        self.flush()
+
+    def flush(self) -> None:
+        """Write as much of the rest as it takes now."""
+        try:
+            while self._unwritten:
+                del self._unwritten[: os.write(self._descriptor, self._unwritten)]
+        except BlockingIOError:
+            return
+        except OSError:  # it has gone; reading from it will say so
+            self._unwritten.clear()
+
+    def writable(self) -> list[int]:
+        """What to wait for before flush, nothing if all has been written."""
+        return [self._descriptor] if self._unwritten else []
+
+    def _finish(self, signals: Signals | None) -> set[int]:
+        arrived: set[int] = set()
+        while self._unwritten:
+            if signals is None:
+                if not wait((), self.writable(), monotonic_ms() + STALLED_MS):
+                    self.has_stalled = True
+                    break
+            elif signals in wait((signals,), self.writable(), None):
+                arrived |= signals.take()
+                signals = None if arrived & _ENDING_SIGNALS else signals
+            self.flush()
+        self._unwritten.clear()
+        return arrived
 
 
 class ClientOptions:
@@ -6917,18 +7032,18 @@ class Client:
         self._sockets = ClientSockets()
         self._network = NetworkWatch(monotonic_ms())
         self._lookup = lookup
-        self._signals = Signals(
-            signal.SIGWINCH, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGPIPE, signal.SIGCONT
-        )
+        self._signals = Signals(signal.SIGWINCH, signal.SIGCONT, *_ENDING_SIGNALS)
         self._stdin_open = True
+        self._told_to_end = False
 
     def run(self) -> None:
         """Run until the session has ended; the terminal is raw meanwhile."""
         with self._terminal:
             if self._asks:
-                write_all(1, SYNCHRONIZED_OUTPUT_QUERY)
+                self._terminal.write(SYNCHRONIZED_OUTPUT_QUERY)
             self._serve()
-            write_all(1, self._core.last_frame(monotonic_ms()))
+            self._terminal.write(self._core.last_frame(monotonic_ms()))
+            self._terminal.leave(None if self._told_to_end else self._signals)
 
     def close(self) -> None:
         """Let go of everything but the terminal, which has been given back."""
@@ -6948,8 +7063,10 @@ class Client:
                 return
             readable = [*self._sockets.all, self._signals, *self._network.readable(), *self._lookup.readable()]
             readable += [0] * (self._stdin_open and core.takes_keys)
-            deadlines = (core.next_timeout(), self._network.next_timeout(), self._lookup.next_timeout())
-            ready = wait(readable, (), earliest(deadlines))
+            unwritten = self._terminal.writable()
+            core_timeout = core.sending_timeout() if unwritten else core.next_timeout()
+            deadlines = (core_timeout, self._network.next_timeout(), self._lookup.next_timeout())
+            ready = wait(readable, unwritten, earliest(deadlines))
             now = monotonic_ms()
             for udp in self._sockets.all:
                 if udp in ready:
@@ -6962,9 +7079,9 @@ class Client:
                 self._obey(self._signals.take(), now)
 
     def _draw(self) -> None:
-        frame = self._core.frame_to_draw(monotonic_ms())
-        if frame:
-            write_all(1, frame)
+        self._terminal.flush()
+        if not self._terminal.writable():
+            self._terminal.write(self._core.frame_to_draw(monotonic_ms()))
 
     # -- network
 
@@ -7029,6 +7146,8 @@ class Client:
     def _read_keys(self, now: int) -> None:
         try:
             keys = os.read(0, KEYBOARD_READ_BYTES)
+        except BlockingIOError:  # another program that reads from the terminal was faster
+            return
         except OSError:
             keys = b""
         if not keys:
@@ -7041,10 +7160,9 @@ class Client:
             self._suspend()
 
     def _suspend(self) -> None:
-        self._terminal.leave()
-        write_all(1, b"\n\x1b[37;44m[mosh is suspended.]\x1b[m\n")
+        arrived = self._terminal.leave(self._signals, b"\r\n\x1b[37;44m[mosh is suspended.]\x1b[m\r\n")
         os.kill(0, signal.SIGSTOP)  # the whole job, so that the shell notices
-        self._obey({signal.SIGCONT, *self._signals.take()}, monotonic_ms())
+        self._obey({signal.SIGCONT, *arrived, *self._signals.take()}, monotonic_ms())
 
     def _obey(self, arrived: set[int], now: int) -> None:
         """Do what these signals ask for."""
@@ -7054,7 +7172,8 @@ class Client:
             self._core.roaming.network_changed(now)  # nobody knows for how long we were stopped
         if arrived & {signal.SIGCONT, signal.SIGWINCH}:
             self._core.resize(*window_size(0), now)
-        if arrived & {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGPIPE}:
+        if arrived & _ENDING_SIGNALS:
+            self._told_to_end = True
             self._core.start_shutdown("Signal received, shutting down...", now)
 
 
@@ -7083,6 +7202,9 @@ def run_client(
         client.run()
     finally:
         client.close()
+    status = 0 if core.transport.clean and not core.is_connecting else 1
+    if terminal.has_stalled:  # nobody would read the rest, and writing it might never end
+        return status
     if core.is_connecting:
         places = " or ".join(f"{candidate}:{port}" for candidate in candidates)
         instead = f', but "{core.network_error.rpartition(": ")[2]}"' if core.network_error else ""
@@ -7090,7 +7212,7 @@ def run_client(
     elif not core.transport.clean:
         print(_UNCLEAN, file=sys.stderr)
     write_all(1, b"[mosh is exiting.]\n")
-    return 0 if core.transport.clean and not core.is_connecting else 1
+    return status
 
 
 _NO_ANSWER = """

@@ -64,6 +64,14 @@ class PtyProcess:
         """Send a signal to the process, which leads a group of its own, and to what it runs."""
         os.killpg(self._process.pid, number)
 
+    def pause(self) -> None:
+        """Let the terminal take no output, as Ctrl-S does."""
+        termios.tcflow(self._user, termios.TCOOFF)
+
+    def resume(self) -> None:
+        """Let it take output again."""
+        termios.tcflow(self._user, termios.TCOON)
+
     def hang_up(self) -> None:
         """Close the terminal under the process, as closing its window does."""
         for descriptor in (self._keeper, self._user):

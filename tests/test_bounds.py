@@ -124,6 +124,15 @@ def test_a_screen(width: int, height: int, fits: bool) -> None:
             state.applied(message)
 
 
+def test_instructions_of_a_screen() -> None:
+    """A few datagrams full of resizes would keep a client busy for minutes."""
+    state = mosh.TerminalState(mosh.Emulator(80, 24))
+    pair = _resize(mosh.HOST_RESIZE, 1, 1) + _resize(mosh.HOST_RESIZE, 20, 10)
+    assert state.applied(pair * (mosh.HOST_INSTRUCTION_LIMIT // 2)).framebuffer.width == 20
+    with pytest.raises(mosh.PacketError, match="too many"):
+        state.applied(pair * (mosh.HOST_INSTRUCTION_LIMIT // 2) + pair)
+
+
 def test_a_hello() -> None:
     with pytest.raises(mosh.PacketError, match="too long"):
         mosh.Hello.decode(mosh.Hello(("x" * mosh.HELLO_LIMIT_BYTES,)).encode())

@@ -416,6 +416,18 @@ def test_a_session_on_a_terminal_of_any_size(home: Path, size: tuple[int, int]) 
     assert server.key.encode() not in client.output
 
 
+def test_a_session_whose_output_goes_through_a_pipe(home: Path) -> None:
+    """There is no terminal to open a second time, for writing without waiting."""
+    with running_server("ours", session_env(home), command=("cat",)) as server, on_a_terminal(
+        ["sh", "-c", '"$@" | cat', "sh", *peers.client_command("ours", server.port)], _environ(home, server.key)
+    ) as client:
+        _type_and_see(client)
+        client.type(QUIT)
+        assert client.wait() == 0
+        assert client.modes() == client.modes_before
+    assert mosh._CLOSE_SEQUENCES in client.output and client.output.rstrip().endswith(EXITING)
+
+
 def test_quitting_before_any_answer_says_what_to_check(home: Path) -> None:
     """It ends with 1, the terminal restored, and names the port."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as silent:
@@ -475,6 +487,20 @@ def test_the_goodbye_of_the_server_needs_no_further_waiting() -> None:
         now = max(now + 1, min(client.next_timeout(), client.next_timeout() if at is None else at))
     assert server.phase is client.phase is mosh.Phase.CLOSED
     assert server.transport.clean and client.transport.clean
+
+
+@pytest.mark.parametrize(("number", "goes_on"), [(errno.EAGAIN, True), (errno.EIO, False)])
+def test_keys_that_another_program_has_read_are_not_the_end_of_input(
+    number: int, goes_on: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(_descriptor: int, _size: int) -> bytes:
+        raise OSError(number, os.strerror(number))
+
+    client = _paste_through(Sockets({}))
+    client._stdin_open = True
+    monkeypatch.setattr(os, "read", read)
+    client._read_keys(0)
+    assert client._stdin_open == goes_on
 
 
 def test_a_terminal_that_vanishes_ends_the_client(home: Path) -> None:

@@ -293,13 +293,48 @@ def test_nothing_is_typed_any_more_once_the_client_is_leaving() -> None:
 REPLY = b"\x1b[?2026;2$y"
 
 
-@pytest.mark.parametrize("cut", [0, *range(3, len(REPLY) + 1)])  # one byte or two may be the Escape key and Alt-[
+@pytest.mark.parametrize("cut", range(len(REPLY) + 1))
 def test_the_terminals_answer_is_not_typed(cut: int) -> None:
     client = _client()
     client.receive_keys(b"ab" + REPLY[:cut], now=10)
     client.receive_keys(REPLY[cut:] + b"cd", now=20)
     client.receive_keys(b"e", now=30)
     assert _pressed(client) == b"abcde"
+
+
+def test_an_answer_that_comes_byte_by_byte_is_not_typed() -> None:
+    """As over a serial line."""
+    client = _client()
+    for place, byte in enumerate(b"a" + REPLY + b"b"):
+        client.receive_keys(bytes((byte,)), now=20 * place)
+        client.datagrams_to_send(now=20 * place)
+    assert _pressed(client) == b"ab"
+
+
+@pytest.mark.parametrize("key", [b"\x1b", b"\x1b["])
+def test_the_beginning_of_an_answer_alone_is_a_key_and_goes_out_soon(key: bytes) -> None:
+    client = _client()
+    client.receive_keys(key, now=10)
+    assert client.next_timeout() <= 10 + mosh._ESCAPE_KEY_MS
+    client.datagrams_to_send(now=10 + mosh._ESCAPE_KEY_MS)
+    assert _pressed(client) == key
+    client.receive_keys(b"x", now=200)
+    assert _pressed(client) == key + b"x"
+
+
+def test_an_escape_key_that_waits_when_the_session_is_ended_is_not_typed() -> None:
+    client = _client()
+    client.receive_keys(b"a\x1b", now=10)
+    client.start_shutdown("", now=20)
+    client.datagrams_to_send(now=200)
+    assert _pressed(client) == b"a"
+
+
+def test_the_escape_key_does_not_wait_once_the_terminal_has_answered() -> None:
+    client = _client()
+    client.receive_keys(REPLY, now=10)
+    client.receive_keys(b"\x1b", now=20)
+    assert _pressed(client) == b"\x1b"
 
 
 # the answer, whether frames are put between marks from then on
@@ -315,13 +350,18 @@ def test_frames_are_shown_at_once_where_the_terminal_can(answer: bytes, marked: 
     assert client.frame_to_draw(now=10) == b""
 
 
-def test_an_answer_is_not_looked_for_twice_nor_late() -> None:
+def test_an_answer_is_not_looked_for_twice() -> None:
     client = _client()
     client.receive_keys(REPLY + REPLY, now=10)
     assert _pressed(client) == REPLY
+
+
+def test_a_late_answer_is_not_typed_and_the_escape_key_does_not_wait_for_it() -> None:
     client = _client()
-    client.receive_keys(REPLY, now=60_000)
-    assert _pressed(client) == REPLY
+    client.receive_keys(b"\x1b", now=mosh._TERMINAL_REPLY_MS)
+    assert _pressed(client) == b"\x1b"
+    client.receive_keys(b"a" + REPLY + b"b", now=60_000)
+    assert _pressed(client) == b"\x1bab"
 
 
 def test_keys_that_look_like_an_answer_arrive_with_the_next_key() -> None:

@@ -475,6 +475,61 @@ def test_a_terminal_that_closes_under_a_suspended_client_ends_client_and_server(
         assert_nothing_is_left(home)
 
 
+# -- a terminal that takes nothing -----------------------------------------------------------------------------
+
+
+def pause(session: Session) -> None:
+    """Pause the terminal, and wait until the client has a frame for it."""
+    session.client.pause()
+    session.press()
+    session.look()
+
+
+def test_a_paused_terminal_does_not_pause_the_session(faults: Faults) -> None:
+    def story(session: Session) -> None:
+        pause(session)
+        mark = session.press()
+        if not session.wait(lambda: session.arrivals(mark) > 0):
+            session.outcome.wrong.append("keys wait")
+        session.client.resume()
+        session.recover()
+        session.quit()
+
+    (outcome,) = faults.play("client: its terminal is paused", story, command=TALKING_RECORDER)
+    assert outcome.end == "exit 0"
+
+
+@pytest.mark.parametrize(("how", "ends_at_once"), [("quits", False), ("SIGTERM", True)])
+def test_a_session_can_be_ended_while_the_terminal_is_paused(faults: Faults, how: str, ends_at_once: bool) -> None:
+    """The server ends. So does a client that is told to; one that is not waits, to leave no mess on the terminal."""
+    def story(session: Session) -> None:
+        pause(session)
+        if ends_at_once:
+            session.client.send_signal(signal.SIGTERM)
+            if not session.wait(lambda: session.client.status is not None):
+                session.outcome.wrong.append("client does not end")
+        else:
+            session.client.type(QUIT)
+        session.wait_for_processes(lambda: not session.server.alive(), "server stays")
+        session.client.resume()
+        session.see_end()
+        if not ends_at_once and mosh._CLOSE_SEQUENCES not in session.client.output:
+            session.outcome.wrong.append("terminal not reset")
+
+    (outcome,) = faults.play(f"client: its terminal is paused, {how}", story, command=TALKING_RECORDER)
+    assert outcome.end == "exit 0"
+
+
+def test_a_client_that_waits_for_its_terminal_can_be_told_to_end(home: Path) -> None:
+    with opened(home, command=TALKING_RECORDER) as session:
+        pause(session)
+        session.client.type(QUIT)
+        session.wait_for_processes(lambda: not session.server.alive(), "server stays")
+        session.client.send_signal(signal.SIGTERM)
+        session.see_end()
+        assert (session.outcome.end, session.outcome.wrong) == ("exit 0", [])
+
+
 # -- signals and pauses ----------------------------------------------------------------------------------------
 
 

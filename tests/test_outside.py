@@ -7,6 +7,7 @@ import errno
 import fcntl
 import os
 import pty
+import resource
 import select
 import signal
 import socket
@@ -227,10 +228,11 @@ def test_several_signals_are_told_at_once(signals: mosh.Signals) -> None:
     assert signals.take() == {signal.SIGUSR1, signal.SIGUSR2}
 
 
-def test_a_flood_of_signals_blocks_nothing(signals: mosh.Signals) -> None:
+def test_a_flood_of_signals_blocks_nothing_and_hides_none(signals: mosh.Signals) -> None:
     for _ in range(10_000):
         signal.raise_signal(signal.SIGUSR1)
-    assert signals.take() == {signal.SIGUSR1}
+    signal.raise_signal(signal.SIGUSR2)
+    assert signals.take() == {signal.SIGUSR1, signal.SIGUSR2}
 
 
 def test_a_signal_that_the_parent_has_blocked_is_heard_until_it_closes() -> None:
@@ -294,6 +296,35 @@ def test_another_set_can_be_watched_each_time(pair: tuple[socket.socket, socket.
         assert ready == {item for item in watched if item in (other, other.fileno())}
     one.close()
     assert mosh.wait([other], (), 0) == {other}
+
+
+FIRST_BEYOND_SELECT = 1024
+
+
+@pytest.fixture
+def many_descriptors() -> Iterator[None]:
+    """More descriptors than select can watch."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = FIRST_BEYOND_SELECT + 10
+    if hard != resource.RLIM_INFINITY and hard < wanted:
+        pytest.skip("there can be no such descriptor")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft if soft == resource.RLIM_INFINITY else max(soft, wanted), hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.usefixtures("many_descriptors")
+def test_descriptors_of_any_number_can_be_waited_for(pair: tuple[socket.socket, socket.socket]) -> None:
+    """Whoever starts a session may have left a thousand files open."""
+    one, other = (
+        socket.socket(fileno=fcntl.fcntl(each, fcntl.F_DUPFD_CLOEXEC, FIRST_BEYOND_SELECT)) for each in pair
+    )
+    with one, other:
+        assert mosh.wait([one, other], (), 0) == set()
+        assert mosh.wait((), [one], None) == {one}
+        one.send(b"x")
+        assert mosh.wait([one, other], (), None) == {other}
+        assert mosh.wait([one, other.fileno()], [other.fileno()], None) == {other.fileno()}
 
 
 def test_the_clock_does_not_go_back() -> None:

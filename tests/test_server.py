@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import resource
+import select
 import shutil
 import signal
 import socket
@@ -361,6 +362,23 @@ def test_a_host_without_ptys_is_named_before_anything_is_announced(home: Path) -
     assert finished.stderr.startswith("mosh: a session needs a pty") and finished.stderr.count("\n") == 1
 
 
+def test_a_host_that_lets_no_process_start_is_named_before_anything_is_announced(home: Path) -> None:
+    code = f"""
+import errno, os, sys
+sys.path.insert(0, {str(peers.REPOSITORY)!r})
+import mosh
+def fork():
+    raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))  # as where `ulimit -u` is reached
+os.fork = fork
+sys.exit(mosh.main(["", "server", "new", "-p", "0"]))
+"""
+    finished = subprocess.run(
+        [sys.executable, "-c", code], env=session_env(home), capture_output=True, text=True, timeout=LIMIT_SECONDS
+    )
+    assert (finished.returncode, finished.stdout) == (1, "")
+    assert finished.stderr.startswith("mosh: a session needs a process") and finished.stderr.count("\n") == 1
+
+
 def test_who_is_told_of_a_server_is_served_whatever_a_library_keeps_open(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -609,6 +627,32 @@ def test_the_end_of_the_program_ends_the_session_whatever_it_left_in_the_backgro
         assert "goodbye" in "".join(session.core.screen.lines())
     wait_until(lambda: not server.alive(), LIMIT_SECONDS, "the server to leave")
     os.kill(int(line.split()[1]), signal.SIGKILL)
+
+
+def test_a_log_that_nobody_reads_does_not_stop_the_session(home: Path) -> None:
+    reader, writer = os.pipe()
+    words = [*peers.ours_command(), "server", "new", "-v", "-i", LOOPBACK, "-p", "0", "--", "cat"]
+    login = subprocess.Popen(
+        words, env=session_env(home), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=writer, text=True
+    )
+    with login:
+        assert login.stdout is not None
+        connect = peers._CONNECT.search(login.stdout.readline())
+    detached = peers._DETACHED.search(os.read(reader, 10_000).decode())
+    assert connect and detached
+    server = Server(port=int(connect[1]), key=connect[2], pid=int(detached[1]))
+    os.set_blocking(writer, False)
+    try:
+        with suppress(BlockingIOError):
+            while os.write(writer, bytes(select.PIPE_BUF)):
+                pass
+        with Session(server) as session:  # of which the log would tell
+            session.type(b"still here")
+            session.wait_for("still here")
+    finally:
+        peers.end_process(server.pid)
+        os.close(reader)
+        os.close(writer)
 
 
 def test_a_signal_ends_the_session_for_both_ends(start: Start) -> None:
