@@ -2348,9 +2348,8 @@ class ParserState(Enum):
 
 
 _S = ParserState
-_C0 = [*range(0x18), 0x19, *range(0x1C, 0x20)]
 _RANGES: dict[str, Iterable[int]] = {  # the columns of the state table below
-    "c0": _C0,
+    "c0": [*range(0x18), 0x19, *range(0x1C, 0x20)],
     "intermediate": range(0x20, 0x30),
     "parameter": [*range(0x30, 0x3A), 0x3B],
     "colon": [0x3A],
@@ -2426,12 +2425,6 @@ class Parser:
         self._collected = ""
         self._parameters = ""
         self._osc = ""
-
-    def copy(self) -> Parser:
-        """Return a parser in the same place."""
-        new = Parser.__new__(Parser)
-        new.__dict__.update(self.__dict__)
-        return new
 
     @property
     def is_busy(self) -> bool:
