@@ -906,7 +906,6 @@ class FragmentAssembly:
     def _clear(self) -> None:
         self._pieces: dict[int, bytes] = {}
         self._size = 0
-        self._highest = -1
         self._count: int | None = None  # known once the final fragment is here
 
     def add(self, fragment: Fragment) -> Instruction | None:
@@ -919,7 +918,6 @@ class FragmentAssembly:
         if fragment.num not in self._pieces:
             self._pieces[fragment.num] = fragment.contents
             self._size += len(fragment.contents)
-            self._highest = max(self._highest, fragment.num)
         if fragment.final:
             self._count = fragment.num + 1
         if self._size > INSTRUCTION_LIMIT_BYTES:
@@ -934,8 +932,8 @@ class FragmentAssembly:
     def _contradicts(self, fragment: Fragment) -> bool:
         known = self._pieces.get(fragment.num, fragment.contents)
         beyond = self._count is not None and fragment.num >= self._count
-        moved_end = fragment.final and (self._highest > fragment.num or self._count not in (None, fragment.num + 1))
-        return known != fragment.contents or beyond or moved_end
+        too_early = fragment.final and max(self._pieces, default=-1) > fragment.num
+        return known != fragment.contents or beyond or too_early
 
 
 # ======================================================================================================================
