@@ -868,13 +868,12 @@ class Fragmenter:
         A queue that is too short loses the same places of a train each time, so each try begins at another one.
         """
         same = (*(getattr(instruction, name) for name in INSTRUCTION_FIELDS if name != "chaff"), mtu_bytes)
-        if self._last[0] != same:
+        last, fragments = self._last
+        if last != same:
             fragments = self.fragments(instruction, mtu_bytes)
             if len(fragments) == 1:  # an old id would gain nothing, and new chaff says less about what was typed
                 self._last = (), []
                 return fragments
-            self._last = same, fragments
-        fragments = self._last[1]
         first = len(fragments) * 382 // 1_000  # where the next try begins: at the golden section, so all places come
         while math.gcd(first, len(fragments)) > 1:  # soon, and each of them before one comes again
             first += 1
@@ -1270,15 +1269,14 @@ class Sender(Generic[Local]):
 
         `room_bytes`: an empty diff and one larger than this give way to a probe.
         """
-        ack_due = now >= self._next_ack_at
-        if not ack_due and (self._next_send_at is None or now < self._next_send_at):
+        if now < self.next_timeout():
             return None
         if self._to_repeat is not None:
             self._sent_again(now)
             return self._to_repeat
         base, diff = self._best_diff()
         last = self.sent[-1]
-        if not diff and not ack_due and (last is self.sent[0] or self.current == last.state):
+        if not diff and now < self._next_ack_at and (last is self.sent[0] or self.current == last.state):
             self.sent[0].state = self.current  # which may differ from it in what no diff can tell
             self._next_send_at = self._changed_at = None
             return None
