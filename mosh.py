@@ -622,7 +622,7 @@ class PathMtu:
 
     def __init__(self, full_bytes: int) -> None:
         self.full_bytes = full_bytes
-        self.bytes = full_bytes
+        self.bytes = full_bytes  # of the largest datagram to send now
         self._large_nums: deque[int] = deque(maxlen=MTU_NUMS)  # states tried in large datagrams, the newest last
         self._unacked_since = 0  # all of them, and that is long ago
         self._probe_num: int | None = None
@@ -651,7 +651,7 @@ class PathMtu:
             self._probe_at = now + MTU_PROBE_MS[0]
 
     def shrink(self) -> None:
-        """Large datagrams do not arrive."""
+        """Large datagrams do not arrive, or the system refuses them: use small ones until a probe gets through."""
         self.bytes = min(self.full_bytes, FALLBACK_MTU_BYTES)
         self._large_nums.clear()
 
@@ -755,15 +755,6 @@ class DatagramLayer:
             return False
         self.peers, self.allowance_bytes = [], None  # there is no address left that a late ack could prove
         return True
-
-    @property
-    def mtu_bytes(self) -> int:
-        """The largest datagram to send."""
-        return self.mtu.bytes
-
-    def shrink_mtu(self) -> None:
-        """The network refused a datagram for its size: use small ones until a probe gets through."""
-        self.mtu.shrink()
 
     # -- port hopping (client)
 
@@ -1468,7 +1459,7 @@ class Transport(Generic[Local, Remote]):
         self._assembly = FragmentAssembly()
         self._random_bytes = random_bytes
         self._train: deque[tuple[int, Fragment]] = deque()  # (due at, fragment) of the instruction being sent
-        self._train_mtu_bytes = datagrams.mtu_bytes  # what it was cut for
+        self._train_mtu_bytes = datagrams.mtu.bytes  # what it was cut for
         self._train_ack_num = 0  # what it acknowledges
         self._train_num = 0  # the state that it leads to
         self._proof_num = 0  # the first state sent to the peer's present address: its ack proves the address
@@ -1525,9 +1516,9 @@ class Transport(Generic[Local, Remote]):
             self._train.clear()
             return []
         self.datagrams.mtu.update(now, self.sender.patience_ms)
-        if self.datagrams.mtu_bytes < self._train_mtu_bytes:
+        if self.datagrams.mtu.bytes < self._train_mtu_bytes:
             self._train.clear()  # none of it would arrive
-            self._train_mtu_bytes = self.datagrams.mtu_bytes
+            self._train_mtu_bytes = self.datagrams.mtu.bytes
             self.sender.resend()
         self.sender.update_timers(now)
         if not self._train:
@@ -1586,7 +1577,7 @@ class Transport(Generic[Local, Remote]):
         deadlines = []
         if self._may_send:
             deadlines.append(self._train[0][0] if self._train else self.sender.next_timeout())
-            if self.datagrams.mtu_bytes < self._train_mtu_bytes:
+            if self.datagrams.mtu.bytes < self._train_mtu_bytes:
                 deadlines.append(self.sender.sent[-1].at)  # what was refused is sent again at once
         if self.sender.shutdown_at is not None:
             deadlines.append(self.sender.shutdown_at + SHUTDOWN_MS)
@@ -6433,7 +6424,7 @@ class Server:
                 failure = send_failure(error)
                 refused += [len(datagram)] * (failure in LASTING_FAILURES)
                 if failure is SendFailure.TOO_BIG:
-                    self._core.transport.datagrams.shrink_mtu()
+                    self._core.transport.datagrams.mtu.shrink()
                 self._log(f"sendto: {error.strerror}")
         if datagrams:
             self._core.note_sending(now, refused_bytes=sum(refused), reached=len(refused) < len(datagrams))
@@ -6921,7 +6912,7 @@ class Client:
         failures = [error and send_failure(error) for error in errors]
         reached = None in failures or SendFailure.TOO_BIG in failures
         if SendFailure.TOO_BIG in failures:
-            core.transport.datagrams.shrink_mtu()
+            core.transport.datagrams.mtu.shrink()
         if failures[0] in LASTING_FAILURES:
             core.roaming.path_failed(now, reached=reached)
         if reached:

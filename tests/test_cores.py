@@ -1219,7 +1219,7 @@ def test_commands_now_and_then_on_a_good_path_are_no_black_hole(sim: Simulation)
         for _ in range(6):
             sim.client.type("noise 1300\r")
             sim.run(ms=10_000)
-            assert sim.server.core.transport.datagrams.mtu_bytes > mosh.FALLBACK_MTU_BYTES
+            assert sim.server.core.transport.datagrams.mtu.bytes > mosh.FALLBACK_MTU_BYTES
 
 
 def test_a_goodbye_during_a_large_frame_is_acknowledged() -> None:

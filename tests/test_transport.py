@@ -834,25 +834,25 @@ def test_an_empty_instruction_from_an_address_not_proven_is_acknowledged_soon(
 def test_a_padded_heartbeat_probes_for_large_datagrams() -> None:
     peer = _connected(rtt_ms=100)
     peer.transport._random_bytes = random.Random(1).randbytes
-    peer.transport.datagrams.shrink_mtu()
+    peer.transport.datagrams.mtu.shrink()
     beats = [(at, max(sizes)) for at, sizes in _sizes(peer, until=150_000)]
     probes = [at for at, size in beats if size > mosh.FALLBACK_MTU_BYTES]
     assert {size for _, size in beats if size > mosh.FALLBACK_MTU_BYTES} <= set(range(1_245, 1_253))
     assert 10_000 <= probes[0] - 1_000 <= 13_000 and all(60_000 <= gap <= 63_000 for gap in _gaps(probes))
     assert max(_gaps([at for at, _ in beats])) <= 3_000  # a probe that is lost is not missed for long
     peer.say(1, 2, ack=peer.transport.sender.sent[-1].num)
-    assert peer.transport.datagrams.mtu_bytes == mosh.FALLBACK_MTU_BYTES
+    assert peer.transport.datagrams.mtu.bytes == mosh.FALLBACK_MTU_BYTES
 
 
 def test_an_acknowledged_probe_brings_large_datagrams_back() -> None:
     peer = _connected(rtt_ms=100)
     peer.transport._random_bytes = random.Random(1).randbytes
-    peer.transport.datagrams.shrink_mtu()
+    peer.transport.datagrams.mtu.shrink()
     while max(_sizes(peer, until=peer.now + 1)[-1:], default=(0, [0]))[1][0] < 600:
         peer.now += 100
         assert peer.now < 20_000
     peer.say(1, 2, ack=peer.transport.sender.sent[-1].num)
-    assert peer.transport.datagrams.mtu_bytes == 1_252
+    assert peer.transport.datagrams.mtu.bytes == 1_252
 
 
 def test_a_datagram_refused_for_its_size_is_replaced_at_once() -> None:
@@ -860,7 +860,7 @@ def test_a_datagram_refused_for_its_size_is_replaced_at_once() -> None:
     peer.transport.set_current(Note(NOISE[:3_000]), now=1_000)
     sent = _sizes(peer, until=1_010)
     assert peer.transport.next_timeout() > peer.now  # type: ignore[operator]
-    peer.transport.datagrams.shrink_mtu()
+    peer.transport.datagrams.mtu.shrink()
     assert peer.transport.next_timeout() <= peer.now  # type: ignore[operator]
     ((at, sizes),) = _sizes(peer, until=1_011)
     assert max(sent[0][1]) > 600 and max(sizes) <= mosh.FALLBACK_MTU_BYTES and at == 1_010
