@@ -2087,7 +2087,7 @@ def has_wrap(code: str) -> bool:
 def without_wraps(attrs: str) -> str:
     """Return `attrs` without any such marks; it is nearly always the last cell that has one."""
     attrs = attrs[:-1] + without_wrap(attrs[-1:])
-    return "".join(map(without_wrap, attrs)) if max(attrs, default="") >= chr(_WRAP_BIT) else attrs
+    return "".join(map(without_wrap, attrs)) if has_wrap(max(attrs, default="")) else attrs
 
 
 class Row:
@@ -2505,7 +2505,7 @@ def _append(out: list[str], piece: str, is_text: bool = False) -> None:
 # drifts from ours. The quirks worth knowing when reading on:
 #
 #   wrap pending     after printing in the last column the cursor stays there; the next character wraps. Every control
-#                    function ends this state, even an unknown one, save those in _KEEPS_WRAP_PENDING
+#                    function ends this state, even an unknown one, save SGR, OSC and those in _KEEPS_WRAP_PENDING
 #   erasing          takes the background of the pen along (back colour erase)
 #   wide characters  halves are never repaired: overwriting the right one leaves the left one wide
 #   absent           alternate screens, character sets, REP, CNL, CPL, HPR, VPR: swallowed without effect
@@ -2519,7 +2519,7 @@ _CLIPBOARD = "52;c;"
 
 _NEVER_FITS = 1 << 20  # what counts as the width of a character that cannot start a cell
 
-_KEEPS_WRAP_PENDING = {"\t", "I", "Z", "g", "?h", "?l"}
+_KEEPS_WRAP_PENDING = {"\t", "\x7f", "I", "Z", "g", "?h", "?l"}
 
 # Skip-ahead. A flood scrolls by faster than frames are sent, so most of it is never seen. As long as nothing but text,
 # line ends and sequences that stay within their row come in, only the lines after the (height + 1)th from the end can
@@ -3235,8 +3235,6 @@ def _operation(function: str) -> Operation:
         return Emulator.sgr, function, False
     if function.startswith("\x1b]"):
         return Emulator.osc, function[2:-1], False
-    if function == "\x7f":
-        return Emulator.no_effect, (), False
     sequence = _CONTROL_SEQUENCE.fullmatch(function)
     if sequence:
         key = sequence[1] + sequence[3]
@@ -3692,7 +3690,7 @@ def _matching_runs(old: list[Row], new: list[Row], distance: int) -> Iterator[tu
             first = None
 
 
-def _spans(changed: list[int], text: str, attrs: str) -> list[Position]:
+def _spans(changed: list[int], text: str, attrs: str) -> list[tuple[int, int]]:
     """Return changed columns as [start, end) spans, joined over small gaps of the same rendition."""
     if not changed:
         return []
@@ -4086,7 +4084,7 @@ class CellPrediction:
         self.expires = 0
         self.made_at = 0
         self.new: CodePair = (NUL, Codebook.DEFAULT)
-        self.unknown = False  # something will be there, we cannot say what
+        self.unknown = False  # something will be there, we cannot say what; only while it is active
         self.olds: list[CodePair] = []  # what was there before: finding that again proves nothing
 
     def clear(self) -> None:
@@ -4118,13 +4116,9 @@ class CellPrediction:
 
     def take_from(self, neighbour: CellPrediction, there: CodePair) -> None:
         """Predict what is predicted for the neighbour now, or else what the user sees `there`."""
-        if not neighbour.active:
-            self.unknown = False
-            self.new = there
-        else:
-            self.unknown = neighbour.unknown
-            if not neighbour.unknown:
-                self.new = neighbour.new
+        self.unknown = neighbour.unknown
+        if not self.unknown:
+            self.new = neighbour.new if neighbour.active else there
 
 
 class PredictionEngine:
@@ -4468,10 +4462,8 @@ class PredictionEngine:
         self._arm((cell,) if self.overwrite else cells[col:])
         attr = self._attr_for_typing(row, col, cells)
         cell.new = (self._book.cell_code(char, wide=False, fallback=False), attr)
-        self._touch(col)
-        if col < width - 1:
-            self._touch(col + 1)
-        else:
+        self._touch(min(col + 1, width - 1))
+        if col == width - 1:
             self._become_tentative()
             self._newline()
 
@@ -4590,8 +4582,7 @@ class NotificationBar:
         for char in text:
             columns = char_width(char)
             if columns == 0 and cells:
-                contents = book.contents(cells[-1][0]) + char
-                cells[-1] = (book.cell_code(contents, False, False), bold)
+                cells[-1] = (book.marked(cells[-1][0], char), bold)
             elif columns > 0 and len(cells) + columns <= width:
                 cells += [(book.cell_code(char, columns == 2, False), bold), (" ", plain)][:columns]
         cells += [(" ", plain)] * (width - len(cells))
