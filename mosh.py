@@ -5492,6 +5492,16 @@ def send_failure(error: OSError) -> SendFailure:
     return _SEND_FAILURES.get(error.errno or 0, SendFailure.REFUSED)
 
 
+def numeric_addresses(host: str, port: int, family: int) -> list[tuple[int, Address]]:
+    """Return (family, address) of what `host` says in figures, perhaps with a scope; nothing if it is a name."""
+    try:
+        # bytes, since for a str it would load the codec of international names: 1 ms. No name is worth waiting for.
+        found = socket.getaddrinfo(host.encode("ascii"), port, family, socket.SOCK_DGRAM, 0, socket.AI_NUMERICHOST)
+    except (socket.gaierror, UnicodeError):
+        return []
+    return [(entry[0], entry[4]) for entry in found]
+
+
 class PeerAddress(tuple):  # type: ignore[type-arg]
     """Where a datagram came from, as the system has it; equal to any other such tuple.
 
@@ -5523,12 +5533,13 @@ class UdpSocket:
             self._socket.setsockopt(level, option, value)
 
     def bind(self, host: str, port: int) -> None:
-        """Bind to a numeric address, perhaps with a scope. An IPv6 wildcard takes IPv4 too. Raises OSError."""
+        """Bind to an address in figures, perhaps with a scope. An IPv6 wildcard takes IPv4 too. Raises OSError."""
         if self.family == socket.AF_INET6:
             self._set_option(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        # Python forgets a scope that only the text names. Bytes, as in is_numeric, spare us a codec of 1 ms.
-        found = socket.getaddrinfo(host.encode("ascii"), port, self.family, socket.SOCK_DGRAM, 0, socket.AI_NUMERICHOST)
-        self._socket.bind(found[0][4])
+        found = numeric_addresses(host, port, self.family)
+        if not found:
+            raise OSError(errno.EINVAL, f"Bad IP address ({host})")
+        self._socket.bind(found[0][1])  # of `host` itself Python would forget a scope
         if host in ("::", "0.0.0.0"):
             self._ask_what_was_reached()
 
@@ -6126,9 +6137,6 @@ def bind_server(options: ServerOptions) -> UdpSocket:
         places.insert(0, (family, options.bind_address))
     reason = ""
     for family, host in places:
-        if not is_numeric(host, family):
-            print(f"Error binding to IP {host}: Bad IP address ({host}); trying any address", file=sys.stderr)
-            continue
         for port in range(options.ports[0], options.ports[1] + 1):
             udp = None
             try:
@@ -6145,16 +6153,6 @@ def bind_server(options: ServerOptions) -> UdpSocket:
             print(f"Error binding to IP {host}: {reason}; trying any address", file=sys.stderr)
     ports = "-".join(map(str, sorted(set(options.ports))))
     raise BootstrapError(f"no UDP port in {ports} can be bound: {reason}; -p chooses others")
-
-
-def is_numeric(host: str, family: int) -> bool:
-    """Return whether `host` is an address and not a name, for which a server must not wait."""
-    try:
-        # bytes, since for a str it would load the codec of international names: 1 ms
-        socket.getaddrinfo(host.encode("ascii"), 0, family, socket.SOCK_DGRAM, 0, socket.AI_NUMERICHOST)
-    except (socket.gaierror, UnicodeError):
-        return False
-    return True
 
 
 def use_utf8_locale(environ: MutableMapping[str, str], fallback: dict[str, str]) -> None:
@@ -8027,7 +8025,7 @@ def _login_options(arguments: argparse.Namespace) -> LoginOptions:
             raise UsageError(f"Unknown parameter {value} for {name}. One of: {', '.join(allowed)}")
     where = options.bind_server
     address = where.partition("%")[0]  # a scope behind it is the server's, and need not exist here
-    if where.lower() not in ("ssh", "any") and not is_numeric(address, socket.AF_UNSPEC):
+    if where.lower() not in ("ssh", "any") and not numeric_addresses(address, 0, socket.AF_UNSPEC):
         raise UsageError(f"--bind-server can be ssh, any or a numeric address, not {where}")
     try:
         options.ssh = shlex.split(arguments.ssh) or ["ssh"]
@@ -8209,11 +8207,9 @@ def client_main(words: Sequence[str]) -> int:
     if key_text is None:
         raise UsageError("MOSH_KEY environment variable not found.")
     key = Key.from_text(key_text)
-    try:
-        found = socket.getaddrinfo(host, port, 0, socket.SOCK_DGRAM, 0, socket.AI_NUMERICHOST)
-    except (socket.gaierror, UnicodeError):
-        raise UsageError(f"Bad IP address ({host})") from None
-    candidates = [Candidate(entry[0], entry[4]) for entry in found]
+    candidates = [Candidate(*found) for found in numeric_addresses(host, port, socket.AF_UNSPEC)]
+    if not candidates:
+        raise UsageError(f"Bad IP address ({host})")
     terminfo = Terminfo(os.environ.get("TERM", ""))
     make_cipher = choose_cipher()
     return run_client(key, candidates, port, _client_options(None, None, True), terminfo, make_cipher)
