@@ -1155,7 +1155,7 @@ class Sender(Generic[Local]):
             self._next_send_at = self._changed_at = None
         if self._resend_now and self._next_send_at is not None:
             self._next_send_at = min(self._next_send_at, now)
-        if self.shutdown_at is not None or self.ack_num == LAST_STATE_NUM:
+        if self._is_ending:
             self._next_ack_at = last.at + self._round_trip.frame_interval_ms
 
     def _collected_at(self, changed_at: int) -> int:
@@ -1236,7 +1236,12 @@ class Sender(Generic[Local]):
     @property
     def is_idle(self) -> bool:
         """Whether nothing is to be said that a peer waits for."""
-        return not self.data_ack_due and self.shutdown_at is None and self.ack_num != LAST_STATE_NUM
+        return not self.data_ack_due and not self._is_ending
+
+    @property
+    def _is_ending(self) -> bool:
+        """Whether one of the ends is shutting down."""
+        return self.shutdown_at is not None or self.ack_num == LAST_STATE_NUM
 
     def next_timeout(self) -> int:
         """Return when instruction_to_send next wants to be asked, as of the last update_timers."""
@@ -1353,8 +1358,7 @@ class Sender(Generic[Local]):
     @property
     def _to_repeat(self) -> Instruction | None:
         """What to repeat word for word until it is acknowledged, if anything; the rest waits, acks included."""
-        ends = self.shutdown_at is not None or self.ack_num == LAST_STATE_NUM
-        return None if ends else self._lost
+        return None if self._is_ending else self._lost
 
     # -- acks in
 
@@ -3252,7 +3256,7 @@ _FRAMEBUFFER_MODES = {  # and those that the user's terminal has to share
     5: "reverse_video",
     25: "cursor_visible",
     1004: "focus_events",
-    1007: "alternate_scroll",
+    1007: "alternate_scroll",  # no diff says so, as in stock mosh
     2004: "bracketed_paste",
 }
 MOUSE_MODES = (9, 1000, 1001, 1002, 1003)  # what is reported; one at a time
@@ -3484,8 +3488,7 @@ class _FrameWriter:
                 self._erase_to_end(row, max(start, tail), new.fill)
                 break
             self._put_cells(row, start, end, text, attrs)
-        at_edge = self._position is not None and self._position == (row, width)
-        return at_edge and goes_on and row + 1 < self._new.height
+        return self._position == (row, width) and goes_on and row + 1 < self._new.height
 
     def _changed_columns(self, old: Row, text: str, attrs: str, columns: Sequence[int]) -> list[int]:
         """Return the visible columns in which the new row differs from what `old` shows."""
@@ -3726,6 +3729,7 @@ def _spans(changed: list[int], text: str, attrs: str) -> list[tuple[int, int]]:
 ECHO_ACK_DELAY_MS = 50
 SIZE_LIMIT = 0xFFFF  # rows or columns; what the kernel's window size can hold
 SCREEN_LIMIT_CELLS = 1 << 20  # what an end is willing to draw; five times a wall of 4K monitors
+assert SIZE_LIMIT <= SCREEN_LIMIT_CELLS
 EVENT_LIMIT = 2 * INSTRUCTION_LIMIT_BYTES  # events kept for diffs; a peer that needs more is broken
 HELLO_LIMIT_BYTES = 4_096
 CAPABILITIES: tuple[str, ...] = ()  # what this version can do beyond stock mosh
@@ -4739,8 +4743,7 @@ class ServerCore:
         keys = bytearray()
         for event in events:
             if isinstance(event, Resize):
-                width = min(event.width, SCREEN_LIMIT_CELLS)
-                self.size = (width, min(event.height, SCREEN_LIMIT_CELLS // width))
+                self.size = (event.width, min(event.height, SCREEN_LIMIT_CELLS // event.width))
             elif isinstance(event, Hello):
                 self.client_hello, self._hello = event, Hello()
             else:
@@ -6057,17 +6060,17 @@ INSTALLED_CIPHERS: tuple[type[CryptographyCipher | LibcryptoCipher], ...] = (Cry
 CIPHERS = (*INSTALLED_CIPHERS, BundledCipher)
 
 
-def _cipher_attempts(wanted: str) -> Iterator[tuple[str, Callable[[bytes], Cipher], str]]:
-    """Yield (name, backend, where it is looked for) of all, or of those named `wanted`, each when its turn has come."""
-    named = [(make.name, make) for make in CIPHERS if wanted in ("", make.name)]
-    installed = [(name, make) for name, make in named if make in INSTALLED_CIPHERS]
-    yield from ((name, make, "as started") for name, make in installed)
+def _cipher_attempts(wanted: str) -> Iterator[tuple[type[CryptographyCipher | LibcryptoCipher], str]]:
+    """Yield (backend, where it is looked for) of all, or of those named `wanted`, each when its turn has come."""
+    named = [make for make in CIPHERS if wanted in ("", make.name)]
+    installed = [make for make in named if make in INSTALLED_CIPHERS]
+    yield from ((make, "as started") for make in installed)
     if sys.flags.no_site and installed:
         import site  # the interpreter was started with -S, which hides installed packages: look again with them
 
         site.main()
-        yield from ((name, make, "with site-packages") for name, make in installed)
-    yield from ((name, make, "in mosh.pyz") for name, make in named if make not in INSTALLED_CIPHERS)
+        yield from ((make, "with site-packages") for make in installed)
+    yield from ((make, "in mosh.pyz") for make in named if make not in INSTALLED_CIPHERS)
 
 
 def choose_cipher() -> Callable[[bytes], Cipher]:
@@ -6077,13 +6080,13 @@ def choose_cipher() -> Callable[[bytes], Cipher]:
     if wanted not in ("", *names):
         raise BootstrapError(f"MOSH_CRYPTO is {wanted!a}; it can be {', '.join(names[:-1])} or {names[-1]}")
     reasons = []
-    for name, make, where in _cipher_attempts(wanted):
+    for make, where in _cipher_attempts(wanted):
         try:
             check_cipher(make)
         except (ImportError, OSError, AttributeError, ValueError) as error:
-            reasons.append(f"{name} ({where}): {' '.join(str(error).split())}")
+            reasons.append(f"{make.name} ({where}): {' '.join(str(error).split())}")
         except Exception as error:  # `cryptography` has an exception class of its own for what OpenSSL refuses
-            reasons.append(f"{name} ({where}): {type(error).__name__}")
+            reasons.append(f"{make.name} ({where}): {type(error).__name__}")
         else:
             return make
     raise BootstrapError("no AES-128-OCB on this machine; " + "; ".join(reasons), NO_CIPHER)
