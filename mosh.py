@@ -701,16 +701,14 @@ class DatagramLayer:
         if self.arrivals.observe(seq):
             timestamp, reply = TIMESTAMPS.unpack_from(plaintext)
             self._take_timestamps(timestamp, reply, now, congested)
-            self._judge_source(source, len(datagram))
-            self.last_heard_at = now
             if self._is_server:
+                self._judge_source(source, len(datagram))
                 self.peers = [source]
+            self.last_heard_at = now
         return plaintext[TIMESTAMPS.size :]
 
     def _judge_source(self, source: Address, size: int) -> None:
-        """Decide how much may go to where a newest datagram, of `size` bytes, has come from."""
-        if not self._is_server:
-            return
+        """Server: decide how much may go to where a newest datagram, of `size` bytes, has come from."""
         if self.last_heard_at is None or source == self._proven_peer:
             self._proven_peer, self.allowance_bytes = source, None
         elif source in self.peers and self.allowance_bytes is not None:
@@ -786,7 +784,9 @@ def _timestamp(now: int) -> int:
 # instruction that is sent again word for word may keep its id, so that each try fills the gaps that loss has left.
 
 MAX_CHAFF_BYTES = 16  # random padding that blurs the length of what was typed
+FRAGMENT_OVERHEAD_BYTES = DATAGRAM_OVERHEAD_BYTES + FRAGMENT_HEADER.size  # in a datagram, beside the contents
 _MAX_FRAGMENT_NUM = 0x7FFF
+assert (FALLBACK_MTU_BYTES - FRAGMENT_OVERHEAD_BYTES) * _MAX_FRAGMENT_NUM > INSTRUCTION_LIMIT_BYTES
 
 
 class Instruction:
@@ -875,9 +875,9 @@ class Fragmenter:
         """Return the pieces of `instruction` for datagrams of at most `mtu_bytes`. Raises ProtocolError if too big."""
         serialized = instruction.encode()
         compressed = deflate(serialized)
-        size = mtu_bytes - DATAGRAM_OVERHEAD_BYTES - FRAGMENT_HEADER.size
+        size = mtu_bytes - FRAGMENT_OVERHEAD_BYTES
         count = -(-len(compressed) // size)
-        if max(len(serialized), len(compressed)) > INSTRUCTION_LIMIT_BYTES or count > _MAX_FRAGMENT_NUM + 1:
+        if max(len(serialized), len(compressed)) > INSTRUCTION_LIMIT_BYTES:
             raise ProtocolError(f"an instruction of {len(serialized)} bytes is more than the protocol can carry")
         instruction_id, self._next_id = self._next_id, self._next_id + 1
         return [
@@ -998,7 +998,7 @@ FRAME_DEBT_BYTES = 500  # what an instruction costs at least, unless its diff is
 SMALL_DIFF_BYTES = 64  # keys, an echo, an echo ack
 
 BURST_DATAGRAMS = 10  # of one instruction, sent at once; the rest is spread over the frame interval
-PROBE_OVERHEAD_BYTES = DATAGRAM_OVERHEAD_BYTES + FRAGMENT_HEADER.size + 13  # 13: of zlib, and for the chaff's length
+PROBE_OVERHEAD_BYTES = FRAGMENT_OVERHEAD_BYTES + 13  # of zlib, and for the chaff's length
 
 SHUTDOWN_TRIES = 16
 SHUTDOWN_MS = 10_000
