@@ -1560,7 +1560,7 @@ class Transport(Generic[Local, Remote]):
                 chaff_bytes += max(0, HURRIED_BYTES - EMPTY_DATAGRAM_BYTES - len(instruction.diff))
         instruction.chaff = self._random_bytes(chaff_bytes)
         fragments = self._fragmenter.fragments_of_retry(instruction, mtu_bytes)
-        sizes = [DATAGRAM_OVERHEAD_BYTES + len(fragment.encode()) for fragment in fragments]
+        sizes = [FRAGMENT_OVERHEAD_BYTES + len(fragment.contents) for fragment in fragments]
         if mtu_bytes == mtu.bytes:
             mtu.instruction_sent(instruction.new_num, max(sizes), now)
         self.sender.charge(instruction.diff, sum(sizes), now)
@@ -5190,7 +5190,7 @@ class ClientCore:
             self._after_newline = key in b"\r\n"
             typed.append(key)
             if key == REPAINT_KEY:
-                self._shown_is_known = False
+                self.repaint()
         return True
 
     def _obey(self, key: int, typed: bytearray, now: int) -> bool:
@@ -5282,9 +5282,9 @@ class ClientCore:
 
     def _update_notices(self, now: int) -> None:
         self.bar.expire(now)
-        waited_ms = now - self._started_at
         if self.phase is not Phase.CONNECTING:
             return
+        waited_ms = now - self._started_at
         if waited_ms > CONNECT_LIMIT_MS:
             self.start_shutdown("Timed out waiting for server...", now)
         elif waited_ms > CONNECT_NOTICE_MS and not self._in_command and not self.bar.tells_network_error:
