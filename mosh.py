@@ -590,7 +590,7 @@ class ArrivalWindow:
     def __init__(self) -> None:
         self.expected_seq = 0  # one more than the newest so far
         self._seen = 0  # bit n: the nth datagram before the newest has been here
-        self._came = (1 << LOSS_WINDOW) - 1  # the same, but for all of a long outage except its first few
+        self._came = (1 << LOSS_WINDOW) - 1  # the same, but of those lost in a row no more than LOSS_RUN count
 
     def observe(self, seq: int) -> bool:
         """The datagram `seq` has come. Returns whether it is the newest so far.
@@ -978,7 +978,7 @@ class FragmentAssembly:
 # has prompted comes when our timestamp is too old to be echoed (section 5).
 
 COLLECT_MS = {"server": 7, "client": 0}  # changes are gathered this long; stock's 8 and 1, less what Python takes
-QUIET_MS = 2  # and a few bytes, such as an echo, until so long no more of them have come
+QUIET_MS = 2  # but a few bytes, such as an echo, only until no more of them have come for so long
 ACK_INTERVAL_MS = 3_000  # an idle peer still hears from us this often, which keeps NAT mappings open
 FOLLOW_MS = ACK_INTERVAL_MS // 2  # who has been silent so long answers a heartbeat; of two out of step, one always has
 ACK_DELAY_MS = 100  # an ack waits this long for data to ride on; also slack on top of the RTO, and for a heartbeat
@@ -1101,25 +1101,29 @@ class Sender(Generic[Local]):
         # what the next instruction acknowledges
         self.ack_num = 0
         self.data_ack_due = False
-        # timers: absolute ms, None for never
-        self._collect_ms = collect_ms
+        # the path
         self._round_trip = round_trip
         self._arrivals = arrivals
+        # what is new, and when it may go; times are absolute ms, None for never
+        self._collect_ms = collect_ms
         self._changed_at: int | None = None  # when `current` first differed from the last state sent
         self._fresh_bytes = 0  # of what made it differ, as far as that is known
         self._fresh_at = now  # when the newest of them came
-        self._unacked_since: int | None = None  # when a change was first sent that no ack has answered in any part
         self._typed_at: int | None = None  # when the peer's user typed something whose answer has not been sent
         self._answered_at = now  # when an answer was last sent, be it ahead of its turn or not
         self._held_until = now  # a diff was too large for an address that is not proven, and a probe has gone instead
+        # what is under way
+        self._unacked_since: int | None = None  # when a change was first sent that no ack has answered in any part
+        self._heard_at = now  # when the peer last said something new
         self._resend_now = False  # the peer has been heard, and lacks what it should have by now
         self._last_diff_bytes = 0
         self._copies = 0  # how often the last state has been sent
+        # what is large
         self.may_step_back = True  # the peer bears a state that holds less than one before
         self._large = LargeDiffs()
         self._lost: Instruction | None = None  # a large one, which word for word its repeats shall make complete
         self._part: NumberedState[Local] | None = None  # a part of a state, behind which the rest waits for the ack
-        self._heard_at = now  # when the peer last said something new
+        # pacing and timers
         self._debt_bytes = 0.0  # sent and not yet paid off, at PACING_BYTES per frame interval
         self._debt_at = now
         self._next_send_at: int | None = None
@@ -6101,7 +6105,7 @@ def choose_cipher() -> Callable[[bytes], Cipher]:
 
 PTY_READ_BYTES = 16_384
 PTY_TURN_BYTES = 65_536  # read at most this much of a flood before others have their turn, less if a datagram comes,
-PTY_TURN_MS = 2  # and no more than that in this time: 32 MB/s, of which a runaway program needs no second processor
+PTY_TURN_MS = 2  # and no more than that in this time: 32 MB/s, lest a runaway program keep our processor busy, too
 FIRST_CLIENT_MS = 60_000
 DROPS_LOGGED = 16  # with -v: each of the first dropped datagrams has a line
 _SERVER_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGCHLD)
