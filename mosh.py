@@ -2026,9 +2026,7 @@ class Codebook:
     # -- clusters
 
     def cell_code(self, contents: str, wide: bool, fallback: bool) -> str:
-        """Return the code point that stands for such a cell in `text`."""
-        if not contents:
-            return NUL
+        """Return the code point that stands for such a cell, one with contents, in `text`."""
         if len(contents) == 1 and not fallback and ord(contents) < _NARROW_CLUSTERS:
             if wide == (char_width(contents) == 2):
                 return contents
@@ -2820,12 +2818,9 @@ class Emulator:
                 self._combine(char)
 
     def _print_one(self, char: str, width: int) -> None:
-        """Print a character of width 1 or 2."""
+        """Print a character of width 1 or 2 for which _extend_run is no way."""
         framebuffer = self.framebuffer
         text, attrs = framebuffer.codebook.cell_code(char, width == 2, fallback=False), framebuffer.pen
-        right = (NUL, framebuffer.erase_code) if width == 2 else ("", "")
-        if self._extend_run(text + right[0], attrs + right[1], width):
-            return
         self._flush_run()
         if self.autowrap and self.wrap_pending:
             self._wrap()
@@ -2835,8 +2830,8 @@ class Emulator:
         row, col = framebuffer.cursor_row, framebuffer.cursor_col
         if self.insert_mode:
             self.ich((width,))
-        if col + 1 < framebuffer.width:
-            text, attrs = text + right[0], attrs + right[1]
+        if width == 2 and col + 1 < framebuffer.width:
+            text, attrs = text + NUL, attrs + framebuffer.erase_code
         framebuffer.set_code(row, col, text, attrs)
         self._advance(width)
 
@@ -3488,8 +3483,11 @@ class _FrameWriter:
         erase_tail = self._is_erasable(new.fill)
         for start, end in _spans(changed, text, attrs):
             if end > tail and erase_tail:
-                self._put_cells(row, start, max(start, tail), text, attrs)
-                self._erase_to_end(row, max(start, tail), new.fill)
+                tail = max(start, tail)
+                self._put_cells(row, start, tail, text, attrs)
+                self._move_hidden(row, tail)
+                self._set_pen(new.fill)
+                self._out.append("\x1b[K")
                 break
             self._put_cells(row, start, end, text, attrs)
         return self._position == (row, width) and goes_on and row + 1 < self._new.height
@@ -3574,15 +3572,6 @@ class _FrameWriter:
         """Return whether the cell left of `col` ends in a joiner: the terminal may draw the next one into it."""
         left = text[max(0, col - 2) : col]
         return self._book.contents(left[0] if self._book.is_wide(left[0]) else left[-1]).endswith(ZERO_WIDTH_JOINER)
-
-    def _erase_to_end(self, row: int, col: int, fill: str) -> None:
-        """Empty the cells from `col` to the end of the row."""
-        width = self._new.width
-        if col >= width:
-            return
-        self._move_hidden(row, col)
-        self._set_pen(fill)
-        self._out.append("\x1b[K")
 
     def _is_erasable(self, attr: str) -> bool:
         """Return whether erasing gives cells of this rendition."""
