@@ -6425,7 +6425,7 @@ class Server:
         return monotonic_ms() < self._pty_rests_until
 
     def _read_pty(self, now: int, *, last: bool = False) -> None:
-        """`last`: the program has ended. What the kernel still holds for it, 12 KB on Linux, fits into one turn."""
+        """Read what the program writes. `last`: it has ended; the kernel's rest, 12 KB on Linux, fits into one turn."""
         chunks: list[bytes] = []
         size = 0
         while size < PTY_TURN_BYTES:
