@@ -2908,7 +2908,7 @@ class Emulator:
         self._go_col(self.framebuffer.cursor_col - 1)
 
     def ht(self, _: Parameters = ()) -> None:
-        self.cht((1,))
+        self._tab(1)
 
     def lf(self, _: Parameters = ()) -> None:
         """Move down one row, scrolling at the bottom margin; the short form of _step_rows(1) where it may be had."""
@@ -3132,17 +3132,17 @@ class Emulator:
         elif parameters[0] == 6:
             self._reply(b"\x1b[%d;%dR" % (self.framebuffer.cursor_row + 1, self.framebuffer.cursor_col + 1))
 
-    def da(self, _parameters: Parameters) -> None:
+    def da(self, _: Parameters = ()) -> None:
         self._reply(b"\x1b[?62c")
 
-    def da2(self, _parameters: Parameters) -> None:
+    def da2(self, _: Parameters = ()) -> None:
         self._reply(b"\x1b[>1;10;0c")
 
     def _reply(self, answer: bytes) -> None:
         if len(self._replies) < ANSWERS_LIMIT_BYTES:
             self._replies += answer
 
-    def decstr(self, _parameters: Parameters) -> None:
+    def decstr(self, _: Parameters = ()) -> None:
         self.insert_mode = self.origin_mode = self.application_cursor_keys = False
         self.framebuffer.cursor_visible = True
         self.region_top, self.region_bottom = 0, self.framebuffer.height - 1
@@ -3429,7 +3429,7 @@ class _FrameWriter:
         last, new, out, known = self._last, self._new, self._out, self._modes_known
         if not known or last.bracketed_paste != new.bracketed_paste:
             out.append(_mode(2004, new.bracketed_paste))
-        if not known or last.mouse_mode != new.mouse_mode:
+        if not known or last.mouse_mode != new.mouse_mode:  # 9 ends with any of the others, as in stock mosh
             out.append(_exclusive_mode(MOUSE_MODES[:0:-1], last.mouse_mode, new.mouse_mode))
         if not known or last.focus_events != new.focus_events:
             out.append(_mode(1004, new.focus_events))
