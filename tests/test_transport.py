@@ -257,7 +257,7 @@ def test_a_peer_that_sends_heartbeats_without_end_gets_few() -> None:
         peer.say(num, num + 1, "", ack=1)
         answered += [at for at, *_ in peer.listen(until=peer.now + 50)]
         peer.forget_timestamp()
-    assert all(gap >= mosh.FOLLOW_MS for gap in _gaps(answered))
+    assert min(_gaps(answered)) >= mosh.FOLLOW_MS
 
 
 def test_an_ack_rides_on_data() -> None:
@@ -349,20 +349,20 @@ def test_what_a_silent_program_last_said_to_a_key_does_not_wait_for_its_turn(int
 
 
 def test_answers_go_ahead_of_their_turn_once_per_round_trip() -> None:
-    """A program that paints the screen for every key, and keys that repeat."""
+    """A program that paints the screen for every key, and keys that repeat; the pacing alone would be slower by now."""
     sent = []
     peer = _connected(mosh.COLLECT_MS["server"], rtt_ms=100)
     while peer.now < 3_000:
         peer.transport.sender.expect_answer(peer.now)
         sent += _flood(peer, until=peer.now + 30, silent_at=peer.now + 1)
-    assert len(sent) < 2_000 / 50 * 1.5
+    assert _gaps(sent)[-10:] == [100] * 10
 
 
 def test_a_flood_that_goes_on_after_a_key_keeps_to_its_turns() -> None:
     peer = _connected(mosh.COLLECT_MS["server"], rtt_ms=100)
     _flood(peer, until=1_300, silent_at=4_000)
     peer.transport.sender.expect_answer(peer.now)
-    assert all(gap >= 50 for gap in _gaps(_flood(peer, until=2_000, silent_at=4_000)))
+    assert min(_gaps(_flood(peer, until=2_000, silent_at=4_000))) >= 50
 
 
 def test_many_small_frames_add_up() -> None:
