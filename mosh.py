@@ -4216,9 +4216,11 @@ class PredictionEngine:
         """What the screen says about a prediction that it has had time to fulfil."""
         if cell.unknown or self._is_blank(cell.new):
             return Verdict.NO_CREDIT
-        if not self._contents_match(screen.code_at(row, col), cell.new):
+        contents = self._book.contents
+        wanted = contents(cell.new[0])
+        if contents(screen.code_at(row, col)[0]) != wanted:
             return Verdict.WRONG
-        was_there = any(self._contents_match(old, cell.new) for old in cell.olds)
+        was_there = any(contents(text) == wanted for text, _attr in cell.olds)
         return Verdict.NO_CREDIT if was_there else Verdict.CORRECT
 
     def _cursor_verdict(self, cursor: CursorPrediction, screen: Framebuffer) -> Verdict:
@@ -4229,9 +4231,6 @@ class PredictionEngine:
 
     def _is_blank(self, cell: CodePair) -> bool:
         return self._book.contents(cell[0]) in _BLANKS
-
-    def _contents_match(self, a: CodePair, b: CodePair) -> bool:
-        return self._book.contents(a[0]) == self._book.contents(b[0]) or (self._is_blank(a) and self._is_blank(b))
 
     def cull(self, screen: Framebuffer, now: int) -> None:
         """Judge all predictions against `screen` and drop those that are settled."""
