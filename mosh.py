@@ -4515,16 +4515,20 @@ class NotificationBar:
         self.last_acked_at = now  # when the newest of our states that it is known to have was sent
         self._hint = f" [To quit: {quit_key} .]" if quit_key else ""
         self._message = ""
-        self._expires_at: int | None = None  # None: stays until replaced
+        self._expires_at: int | None = None  # of a message, unless it stays until it is replaced
         self._shows_hint = True
         self.tells_network_error = False  # the system's word on a failure to send, the reason of what follows from it
 
     def set_message(self, text: str, now: int, *, permanent: bool = False, hint: bool = True) -> None:
-        """Show `text` for MESSAGE_MS or until replaced; empty text clears it."""
+        """Show `text` for MESSAGE_MS, or if `permanent` until it is replaced."""
         self._message = text
         self._expires_at = None if permanent else now + MESSAGE_MS
         self._shows_hint = hint
         self.tells_network_error = False
+
+    def clear(self) -> None:
+        """Show no message any more."""
+        self.set_message("", 0, permanent=True)
 
     def set_network_error(self, text: str, now: int) -> None:
         """Show the system's word on a failure to send."""
@@ -4540,7 +4544,7 @@ class NotificationBar:
     def expire(self, now: int) -> None:
         """Drop a message whose time is over."""
         if self._expires_at is not None and now >= self._expires_at:
-            self.set_message("", now, permanent=True)
+            self.clear()
 
     def text(self, now: int, width: int = BAR_LIMIT) -> str:
         """Return the line, empty if nothing is to be shown. Where it is too long, how to quit outlasts for how long."""
@@ -4586,7 +4590,7 @@ class NotificationBar:
 
     def next_timeout(self, now: int) -> int:
         """Return when the line changes next, as seen at `now`."""
-        deadlines = [] if self._expires_at is None or not self._message else [self._expires_at]
+        deadlines = [] if self._expires_at is None else [self._expires_at]
         late_at = min(self.last_heard_at + SERVER_LATE_MS, self.last_acked_at + REPLY_LATE_MS) + 1
         refresh = BAR_REFRESH_MS[now - self.last_heard_at > LONG_SILENCE_MS]
         deadlines.append(late_at if now < late_at else now + refresh)
@@ -5084,9 +5088,9 @@ class ClientCore:
             if searching and not self.roaming.searching:
                 self.transport.hurry(now)  # until it hears from us again, the server may not send us much
                 if self.bar.tells_network_error:
-                    self.bar.set_message("", now, permanent=True)
+                    self.bar.clear()
         if was_connecting and self.phase is Phase.CONNECTED and not self._in_command:
-            self.bar.set_message("", now, permanent=True)  # the notice of a missing answer
+            self.bar.clear()  # the notice of a missing answer
         self.bar.last_heard_at = self.transport.remote.at
         self.bar.last_acked_at = self.transport.last_acked_at
         self._observe()
@@ -5173,7 +5177,7 @@ class ClientCore:
         """Take one key: add to `typed` what goes to the program, obey what is for us. Returns whether to go on."""
         if self._in_command:
             self._in_command = self._after_newline = False
-            self.bar.set_message("", now, permanent=True)
+            self.bar.clear()
             return self._obey(key, typed, now)
         if self._escape_key.starts_command(key, self._after_newline):
             self._in_command = True
@@ -5245,7 +5249,7 @@ class ClientCore:
 
     def last_frame(self, now: int) -> bytes:
         """Return the frame to leave behind: no bar, no title prefix."""
-        self.bar.set_message("", now, permanent=True)
+        self.bar.clear()
         self.bar.last_heard_at = self.bar.last_acked_at = now
         self._title_prefix = ""
         self._drawn = None
