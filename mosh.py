@@ -590,7 +590,7 @@ class ArrivalWindow:
     def __init__(self) -> None:
         self.expected_seq = 0  # one more than the newest so far
         self._seen = 0  # bit n: the nth datagram before the newest has been here
-        self._came = (1 << LOSS_WINDOW) - 1  # the same, but for all of a long outage except its first few
+        self._came = (1 << LOSS_WINDOW) - 1  # the same, but of those lost in a row no more than LOSS_RUN count
 
     def observe(self, seq: int) -> bool:
         """The datagram `seq` has come. Returns whether it is the newest so far.
@@ -622,7 +622,7 @@ class PathMtu:
 
     def __init__(self, full_bytes: int) -> None:
         self.full_bytes = full_bytes
-        self.bytes = full_bytes
+        self.bytes = full_bytes  # of the largest datagram to send now
         self._large_nums: deque[int] = deque(maxlen=MTU_NUMS)  # states tried in large datagrams, the newest last
         self._unacked_since = 0  # all of them, and that is long ago
         self._probe_num: int | None = None
@@ -651,7 +651,7 @@ class PathMtu:
             self._probe_at = now + MTU_PROBE_MS[0]
 
     def shrink(self) -> None:
-        """Large datagrams do not arrive."""
+        """Large datagrams do not arrive, or the system refuses them: use small ones until a probe gets through."""
         self.bytes = min(self.full_bytes, FALLBACK_MTU_BYTES)
         self._large_nums.clear()
 
@@ -701,16 +701,14 @@ class DatagramLayer:
         if self.arrivals.observe(seq):
             timestamp, reply = TIMESTAMPS.unpack_from(plaintext)
             self._take_timestamps(timestamp, reply, now, congested)
-            self._judge_source(source, len(datagram))
-            self.last_heard_at = now
             if self._is_server:
+                self._judge_source(source, len(datagram))
                 self.peers = [source]
+            self.last_heard_at = now
         return plaintext[TIMESTAMPS.size :]
 
     def _judge_source(self, source: Address, size: int) -> None:
-        """Decide how much may go to where a newest datagram, of `size` bytes, has come from."""
-        if not self._is_server:
-            return
+        """Server: decide how much may go to where a newest datagram, of `size` bytes, has come from."""
         if self.last_heard_at is None or source == self._proven_peer:
             self._proven_peer, self.allowance_bytes = source, None
         elif source in self.peers and self.allowance_bytes is not None:
@@ -756,15 +754,6 @@ class DatagramLayer:
         self.peers, self.allowance_bytes = [], None  # there is no address left that a late ack could prove
         return True
 
-    @property
-    def mtu_bytes(self) -> int:
-        """The largest datagram to send."""
-        return self.mtu.bytes
-
-    def shrink_mtu(self) -> None:
-        """The network refused a datagram for its size: use small ones until a probe gets through."""
-        self.mtu.shrink()
-
     # -- port hopping (client)
 
     def wants_new_port(self, now: int) -> bool:
@@ -795,7 +784,9 @@ def _timestamp(now: int) -> int:
 # instruction that is sent again word for word may keep its id, so that each try fills the gaps that loss has left.
 
 MAX_CHAFF_BYTES = 16  # random padding that blurs the length of what was typed
+FRAGMENT_OVERHEAD_BYTES = DATAGRAM_OVERHEAD_BYTES + FRAGMENT_HEADER.size  # in a datagram, beside the contents
 _MAX_FRAGMENT_NUM = 0x7FFF
+assert (FALLBACK_MTU_BYTES - FRAGMENT_OVERHEAD_BYTES) * _MAX_FRAGMENT_NUM > INSTRUCTION_LIMIT_BYTES
 
 
 class Instruction:
@@ -868,13 +859,12 @@ class Fragmenter:
         A queue that is too short loses the same places of a train each time, so each try begins at another one.
         """
         same = (*(getattr(instruction, name) for name in INSTRUCTION_FIELDS if name != "chaff"), mtu_bytes)
-        if self._last[0] != same:
+        last, fragments = self._last
+        if last != same:
             fragments = self.fragments(instruction, mtu_bytes)
             if len(fragments) == 1:  # an old id would gain nothing, and new chaff says less about what was typed
                 self._last = (), []
                 return fragments
-            self._last = same, fragments
-        fragments = self._last[1]
         first = len(fragments) * 382 // 1_000  # where the next try begins: at the golden section, so all places come
         while math.gcd(first, len(fragments)) > 1:  # soon, and each of them before one comes again
             first += 1
@@ -885,9 +875,9 @@ class Fragmenter:
         """Return the pieces of `instruction` for datagrams of at most `mtu_bytes`. Raises ProtocolError if too big."""
         serialized = instruction.encode()
         compressed = deflate(serialized)
-        size = mtu_bytes - DATAGRAM_OVERHEAD_BYTES - FRAGMENT_HEADER.size
+        size = mtu_bytes - FRAGMENT_OVERHEAD_BYTES
         count = -(-len(compressed) // size)
-        if max(len(serialized), len(compressed)) > INSTRUCTION_LIMIT_BYTES or count > _MAX_FRAGMENT_NUM + 1:
+        if max(len(serialized), len(compressed)) > INSTRUCTION_LIMIT_BYTES:
             raise ProtocolError(f"an instruction of {len(serialized)} bytes is more than the protocol can carry")
         instruction_id, self._next_id = self._next_id, self._next_id + 1
         return [
@@ -906,7 +896,6 @@ class FragmentAssembly:
     def _clear(self) -> None:
         self._pieces: dict[int, bytes] = {}
         self._size = 0
-        self._highest = -1
         self._count: int | None = None  # known once the final fragment is here
 
     def add(self, fragment: Fragment) -> Instruction | None:
@@ -919,7 +908,6 @@ class FragmentAssembly:
         if fragment.num not in self._pieces:
             self._pieces[fragment.num] = fragment.contents
             self._size += len(fragment.contents)
-            self._highest = max(self._highest, fragment.num)
         if fragment.final:
             self._count = fragment.num + 1
         if self._size > INSTRUCTION_LIMIT_BYTES:
@@ -934,8 +922,8 @@ class FragmentAssembly:
     def _contradicts(self, fragment: Fragment) -> bool:
         known = self._pieces.get(fragment.num, fragment.contents)
         beyond = self._count is not None and fragment.num >= self._count
-        moved_end = fragment.final and (self._highest > fragment.num or self._count not in (None, fragment.num + 1))
-        return known != fragment.contents or beyond or moved_end
+        too_early = fragment.final and max(self._pieces, default=-1) > fragment.num
+        return known != fragment.contents or beyond or too_early
 
 
 # ======================================================================================================================
@@ -990,7 +978,7 @@ class FragmentAssembly:
 # has prompted comes when our timestamp is too old to be echoed (section 5).
 
 COLLECT_MS = {"server": 7, "client": 0}  # changes are gathered this long; stock's 8 and 1, less what Python takes
-QUIET_MS = 2  # and a few bytes, such as an echo, until so long no more of them have come
+QUIET_MS = 2  # but a few bytes, such as an echo, only until no more of them have come for so long
 ACK_INTERVAL_MS = 3_000  # an idle peer still hears from us this often, which keeps NAT mappings open
 FOLLOW_MS = ACK_INTERVAL_MS // 2  # who has been silent so long answers a heartbeat; of two out of step, one always has
 ACK_DELAY_MS = 100  # an ack waits this long for data to ride on; also slack on top of the RTO, and for a heartbeat
@@ -1010,7 +998,7 @@ FRAME_DEBT_BYTES = 500  # what an instruction costs at least, unless its diff is
 SMALL_DIFF_BYTES = 64  # keys, an echo, an echo ack
 
 BURST_DATAGRAMS = 10  # of one instruction, sent at once; the rest is spread over the frame interval
-PROBE_OVERHEAD_BYTES = DATAGRAM_OVERHEAD_BYTES + FRAGMENT_HEADER.size + 13  # 13: of zlib, and for the chaff's length
+PROBE_OVERHEAD_BYTES = FRAGMENT_OVERHEAD_BYTES + 13  # of zlib, and for the chaff's length
 
 SHUTDOWN_TRIES = 16
 SHUTDOWN_MS = 10_000
@@ -1113,25 +1101,29 @@ class Sender(Generic[Local]):
         # what the next instruction acknowledges
         self.ack_num = 0
         self.data_ack_due = False
-        # timers: absolute ms, None for never
-        self._collect_ms = collect_ms
+        # the path
         self._round_trip = round_trip
         self._arrivals = arrivals
+        # what is new, and when it may go; times are absolute ms, None for never
+        self._collect_ms = collect_ms
         self._changed_at: int | None = None  # when `current` first differed from the last state sent
         self._fresh_bytes = 0  # of what made it differ, as far as that is known
         self._fresh_at = now  # when the newest of them came
-        self._unacked_since: int | None = None  # when a change was first sent that no ack has answered in any part
         self._typed_at: int | None = None  # when the peer's user typed something whose answer has not been sent
         self._answered_at = now  # when an answer was last sent, be it ahead of its turn or not
         self._held_until = now  # a diff was too large for an address that is not proven, and a probe has gone instead
+        # what is under way
+        self._unacked_since: int | None = None  # when a change was first sent that no ack has answered in any part
+        self._heard_at = now  # when the peer last said something new
         self._resend_now = False  # the peer has been heard, and lacks what it should have by now
         self._last_diff_bytes = 0
         self._copies = 0  # how often the last state has been sent
+        # what is large
         self.may_step_back = True  # the peer bears a state that holds less than one before
         self._large = LargeDiffs()
         self._lost: Instruction | None = None  # a large one, which word for word its repeats shall make complete
         self._part: NumberedState[Local] | None = None  # a part of a state, behind which the rest waits for the ack
-        self._heard_at = now  # when the peer last said something new
+        # pacing and timers
         self._debt_bytes = 0.0  # sent and not yet paid off, at PACING_BYTES per frame interval
         self._debt_at = now
         self._next_send_at: int | None = None
@@ -1167,7 +1159,7 @@ class Sender(Generic[Local]):
             self._next_send_at = self._changed_at = None
         if self._resend_now and self._next_send_at is not None:
             self._next_send_at = min(self._next_send_at, now)
-        if self.shutdown_at is not None or self.ack_num == LAST_STATE_NUM:
+        if self._is_ending:
             self._next_ack_at = last.at + self._round_trip.frame_interval_ms
 
     def _collected_at(self, changed_at: int) -> int:
@@ -1248,7 +1240,12 @@ class Sender(Generic[Local]):
     @property
     def is_idle(self) -> bool:
         """Whether nothing is to be said that a peer waits for."""
-        return not self.data_ack_due and self.shutdown_at is None and self.ack_num != LAST_STATE_NUM
+        return not self.data_ack_due and not self._is_ending
+
+    @property
+    def _is_ending(self) -> bool:
+        """Whether one of the ends is shutting down."""
+        return self.shutdown_at is not None or self.ack_num == LAST_STATE_NUM
 
     def next_timeout(self) -> int:
         """Return when instruction_to_send next wants to be asked, as of the last update_timers."""
@@ -1272,15 +1269,14 @@ class Sender(Generic[Local]):
 
         `room_bytes`: an empty diff and one larger than this give way to a probe.
         """
-        ack_due = now >= self._next_ack_at
-        if not ack_due and (self._next_send_at is None or now < self._next_send_at):
+        if now < self.next_timeout():
             return None
         if self._to_repeat is not None:
             self._sent_again(now)
             return self._to_repeat
         base, diff = self._best_diff()
         last = self.sent[-1]
-        if not diff and not ack_due and (last is self.sent[0] or self.current == last.state):
+        if not diff and now < self._next_ack_at and (last is self.sent[0] or self.current == last.state):
             self.sent[0].state = self.current  # which may differ from it in what no diff can tell
             self._next_send_at = self._changed_at = None
             return None
@@ -1366,8 +1362,7 @@ class Sender(Generic[Local]):
     @property
     def _to_repeat(self) -> Instruction | None:
         """What to repeat word for word until it is acknowledged, if anything; the rest waits, acks included."""
-        ends = self.shutdown_at is not None or self.ack_num == LAST_STATE_NUM
-        return None if ends else self._lost
+        return None if self._is_ending else self._lost
 
     # -- acks in
 
@@ -1472,7 +1467,7 @@ class Transport(Generic[Local, Remote]):
         self._assembly = FragmentAssembly()
         self._random_bytes = random_bytes
         self._train: deque[tuple[int, Fragment]] = deque()  # (due at, fragment) of the instruction being sent
-        self._train_mtu_bytes = datagrams.mtu_bytes  # what it was cut for
+        self._train_mtu_bytes = datagrams.mtu.bytes  # what it was cut for
         self._train_ack_num = 0  # what it acknowledges
         self._train_num = 0  # the state that it leads to
         self._proof_num = 0  # the first state sent to the peer's present address: its ack proves the address
@@ -1529,9 +1524,9 @@ class Transport(Generic[Local, Remote]):
             self._train.clear()
             return []
         self.datagrams.mtu.update(now, self.sender.patience_ms)
-        if self.datagrams.mtu_bytes < self._train_mtu_bytes:
+        if self.datagrams.mtu.bytes < self._train_mtu_bytes:
             self._train.clear()  # none of it would arrive
-            self._train_mtu_bytes = self.datagrams.mtu_bytes
+            self._train_mtu_bytes = self.datagrams.mtu.bytes
             self.sender.resend()
         self.sender.update_timers(now)
         if not self._train:
@@ -1569,7 +1564,7 @@ class Transport(Generic[Local, Remote]):
                 chaff_bytes += max(0, HURRIED_BYTES - EMPTY_DATAGRAM_BYTES - len(instruction.diff))
         instruction.chaff = self._random_bytes(chaff_bytes)
         fragments = self._fragmenter.fragments_of_retry(instruction, mtu_bytes)
-        sizes = [DATAGRAM_OVERHEAD_BYTES + len(fragment.encode()) for fragment in fragments]
+        sizes = [FRAGMENT_OVERHEAD_BYTES + len(fragment.contents) for fragment in fragments]
         if mtu_bytes == mtu.bytes:
             mtu.instruction_sent(instruction.new_num, max(sizes), now)
         self.sender.charge(instruction.diff, sum(sizes), now)
@@ -1590,7 +1585,7 @@ class Transport(Generic[Local, Remote]):
         deadlines = []
         if self._may_send:
             deadlines.append(self._train[0][0] if self._train else self.sender.next_timeout())
-            if self.datagrams.mtu_bytes < self._train_mtu_bytes:
+            if self.datagrams.mtu.bytes < self._train_mtu_bytes:
                 deadlines.append(self.sender.sent[-1].at)  # what was refused is sent again at once
         if self.sender.shutdown_at is not None:
             deadlines.append(self.sender.shutdown_at + SHUTDOWN_MS)
@@ -2031,9 +2026,7 @@ class Codebook:
     # -- clusters
 
     def cell_code(self, contents: str, wide: bool, fallback: bool) -> str:
-        """Return the code point that stands for such a cell in `text`."""
-        if not contents:
-            return NUL
+        """Return the code point that stands for such a cell, one with contents, in `text`."""
         if len(contents) == 1 and not fallback and ord(contents) < _NARROW_CLUSTERS:
             if wide == (char_width(contents) == 2):
                 return contents
@@ -2100,7 +2093,7 @@ def has_wrap(code: str) -> bool:
 def without_wraps(attrs: str) -> str:
     """Return `attrs` without any such marks; it is nearly always the last cell that has one."""
     attrs = attrs[:-1] + without_wrap(attrs[-1:])
-    return "".join(map(without_wrap, attrs)) if max(attrs, default="") >= chr(_WRAP_BIT) else attrs
+    return "".join(map(without_wrap, attrs)) if has_wrap(max(attrs, default="")) else attrs
 
 
 class Row:
@@ -2348,9 +2341,8 @@ class ParserState(Enum):
 
 
 _S = ParserState
-_C0 = [*range(0x18), 0x19, *range(0x1C, 0x20)]
 _RANGES: dict[str, Iterable[int]] = {  # the columns of the state table below
-    "c0": _C0,
+    "c0": [*range(0x18), 0x19, *range(0x1C, 0x20)],
     "intermediate": range(0x20, 0x30),
     "parameter": [*range(0x30, 0x3A), 0x3B],
     "colon": [0x3A],
@@ -2426,12 +2418,6 @@ class Parser:
         self._collected = ""
         self._parameters = ""
         self._osc = ""
-
-    def copy(self) -> Parser:
-        """Return a parser in the same place."""
-        new = Parser.__new__(Parser)
-        new.__dict__.update(self.__dict__)
-        return new
 
     @property
     def is_busy(self) -> bool:
@@ -2525,7 +2511,7 @@ def _append(out: list[str], piece: str, is_text: bool = False) -> None:
 # drifts from ours. The quirks worth knowing when reading on:
 #
 #   wrap pending     after printing in the last column the cursor stays there; the next character wraps. Every control
-#                    function ends this state, even an unknown one, save those in _KEEPS_WRAP_PENDING
+#                    function ends this state, even an unknown one, save SGR, OSC and those in _KEEPS_WRAP_PENDING
 #   erasing          takes the background of the pen along (back colour erase)
 #   wide characters  halves are never repaired: overwriting the right one leaves the left one wide
 #   absent           alternate screens, character sets, REP, CNL, CPL, HPR, VPR: swallowed without effect
@@ -2539,7 +2525,7 @@ _CLIPBOARD = "52;c;"
 
 _NEVER_FITS = 1 << 20  # what counts as the width of a character that cannot start a cell
 
-_KEEPS_WRAP_PENDING = {"\t", "I", "Z", "g", "?h", "?l"}
+_KEEPS_WRAP_PENDING = {"\t", "\x7f", "I", "Z", "g", "?h", "?l"}
 
 # Skip-ahead. A flood scrolls by faster than frames are sent, so most of it is never seen. As long as nothing but text,
 # line ends and sequences that stay within their row come in, only the lines after the (height + 1)th from the end can
@@ -2832,12 +2818,9 @@ class Emulator:
                 self._combine(char)
 
     def _print_one(self, char: str, width: int) -> None:
-        """Print a character of width 1 or 2."""
+        """Print a character of width 1 or 2 for which _extend_run is no way."""
         framebuffer = self.framebuffer
         text, attrs = framebuffer.codebook.cell_code(char, width == 2, fallback=False), framebuffer.pen
-        right = (NUL, framebuffer.erase_code) if width == 2 else ("", "")
-        if self._extend_run(text + right[0], attrs + right[1], width):
-            return
         self._flush_run()
         if self.autowrap and self.wrap_pending:
             self._wrap()
@@ -2847,8 +2830,8 @@ class Emulator:
         row, col = framebuffer.cursor_row, framebuffer.cursor_col
         if self.insert_mode:
             self.ich((width,))
-        if col + 1 < framebuffer.width:
-            text, attrs = text + right[0], attrs + right[1]
+        if width == 2 and col + 1 < framebuffer.width:
+            text, attrs = text + NUL, attrs + framebuffer.erase_code
         framebuffer.set_code(row, col, text, attrs)
         self._advance(width)
 
@@ -2925,7 +2908,7 @@ class Emulator:
         self._go_col(self.framebuffer.cursor_col - 1)
 
     def ht(self, _: Parameters = ()) -> None:
-        self.cht((1,))
+        self._tab(1)
 
     def lf(self, _: Parameters = ()) -> None:
         """Move down one row, scrolling at the bottom margin; the short form of _step_rows(1) where it may be had."""
@@ -3149,17 +3132,17 @@ class Emulator:
         elif parameters[0] == 6:
             self._reply(b"\x1b[%d;%dR" % (self.framebuffer.cursor_row + 1, self.framebuffer.cursor_col + 1))
 
-    def da(self, _parameters: Parameters) -> None:
+    def da(self, _: Parameters = ()) -> None:
         self._reply(b"\x1b[?62c")
 
-    def da2(self, _parameters: Parameters) -> None:
+    def da2(self, _: Parameters = ()) -> None:
         self._reply(b"\x1b[>1;10;0c")
 
     def _reply(self, answer: bytes) -> None:
         if len(self._replies) < ANSWERS_LIMIT_BYTES:
             self._replies += answer
 
-    def decstr(self, _parameters: Parameters) -> None:
+    def decstr(self, _: Parameters = ()) -> None:
         self.insert_mode = self.origin_mode = self.application_cursor_keys = False
         self.framebuffer.cursor_visible = True
         self.region_top, self.region_bottom = 0, self.framebuffer.height - 1
@@ -3255,8 +3238,6 @@ def _operation(function: str) -> Operation:
         return Emulator.sgr, function, False
     if function.startswith("\x1b]"):
         return Emulator.osc, function[2:-1], False
-    if function == "\x7f":
-        return Emulator.no_effect, (), False
     sequence = _CONTROL_SEQUENCE.fullmatch(function)
     if sequence:
         key = sequence[1] + sequence[3]
@@ -3274,7 +3255,7 @@ _FRAMEBUFFER_MODES = {  # and those that the user's terminal has to share
     5: "reverse_video",
     25: "cursor_visible",
     1004: "focus_events",
-    1007: "alternate_scroll",
+    1007: "alternate_scroll",  # no diff says so, as in stock mosh
     2004: "bracketed_paste",
 }
 MOUSE_MODES = (9, 1000, 1001, 1002, 1003)  # what is reported; one at a time
@@ -3448,7 +3429,7 @@ class _FrameWriter:
         last, new, out, known = self._last, self._new, self._out, self._modes_known
         if not known or last.bracketed_paste != new.bracketed_paste:
             out.append(_mode(2004, new.bracketed_paste))
-        if not known or last.mouse_mode != new.mouse_mode:
+        if not known or last.mouse_mode != new.mouse_mode:  # 9 ends with any of the others, as in stock mosh
             out.append(_exclusive_mode(MOUSE_MODES[:0:-1], last.mouse_mode, new.mouse_mode))
         if not known or last.focus_events != new.focus_events:
             out.append(_mode(1004, new.focus_events))
@@ -3502,12 +3483,14 @@ class _FrameWriter:
         erase_tail = self._is_erasable(new.fill)
         for start, end in _spans(changed, text, attrs):
             if end > tail and erase_tail:
-                self._put_cells(row, start, max(start, tail), text, attrs)
-                self._erase_to_end(row, max(start, tail), new.fill)
+                tail = max(start, tail)
+                self._put_cells(row, start, tail, text, attrs)
+                self._move_hidden(row, tail)
+                self._set_pen(new.fill)
+                self._out.append("\x1b[K")
                 break
             self._put_cells(row, start, end, text, attrs)
-        at_edge = self._position is not None and self._position == (row, width)
-        return at_edge and goes_on and row + 1 < self._new.height
+        return self._position == (row, width) and goes_on and row + 1 < self._new.height
 
     def _changed_columns(self, old: Row, text: str, attrs: str, columns: Sequence[int]) -> list[int]:
         """Return the visible columns in which the new row differs from what `old` shows."""
@@ -3589,15 +3572,6 @@ class _FrameWriter:
         """Return whether the cell left of `col` ends in a joiner: the terminal may draw the next one into it."""
         left = text[max(0, col - 2) : col]
         return self._book.contents(left[0] if self._book.is_wide(left[0]) else left[-1]).endswith(ZERO_WIDTH_JOINER)
-
-    def _erase_to_end(self, row: int, col: int, fill: str) -> None:
-        """Empty the cells from `col` to the end of the row."""
-        width = self._new.width
-        if col >= width:
-            return
-        self._move_hidden(row, col)
-        self._set_pen(fill)
-        self._out.append("\x1b[K")
 
     def _is_erasable(self, attr: str) -> bool:
         """Return whether erasing gives cells of this rendition."""
@@ -3712,7 +3686,7 @@ def _matching_runs(old: list[Row], new: list[Row], distance: int) -> Iterator[tu
             first = None
 
 
-def _spans(changed: list[int], text: str, attrs: str) -> list[Position]:
+def _spans(changed: list[int], text: str, attrs: str) -> list[tuple[int, int]]:
     """Return changed columns as [start, end) spans, joined over small gaps of the same rendition."""
     if not changed:
         return []
@@ -3748,6 +3722,7 @@ def _spans(changed: list[int], text: str, attrs: str) -> list[Position]:
 ECHO_ACK_DELAY_MS = 50
 SIZE_LIMIT = 0xFFFF  # rows or columns; what the kernel's window size can hold
 SCREEN_LIMIT_CELLS = 1 << 20  # what an end is willing to draw; five times a wall of 4K monitors
+assert SIZE_LIMIT <= SCREEN_LIMIT_CELLS
 EVENT_LIMIT = 2 * INSTRUCTION_LIMIT_BYTES  # events kept for diffs; a peer that needs more is broken
 HELLO_LIMIT_BYTES = 4_096
 HOST_INSTRUCTION_LIMIT = 64  # in a HostMessage, which takes one of each kind; 300,000 resizes would take 8 minutes
@@ -4123,7 +4098,7 @@ class CellPrediction:
         self.expires = 0
         self.made_at = 0
         self.new: CodePair = (NUL, Codebook.DEFAULT)
-        self.unknown = False  # something will be there, we cannot say what
+        self.unknown = False  # something will be there, we cannot say what; only while it is active
         self.olds: list[CodePair] = []  # what was there before: finding that again proves nothing
 
     def clear(self) -> None:
@@ -4155,13 +4130,9 @@ class CellPrediction:
 
     def take_from(self, neighbour: CellPrediction, there: CodePair) -> None:
         """Predict what is predicted for the neighbour now, or else what the user sees `there`."""
-        if not neighbour.active:
-            self.unknown = False
-            self.new = there
-        else:
-            self.unknown = neighbour.unknown
-            if not neighbour.unknown:
-                self.new = neighbour.new
+        self.unknown = neighbour.unknown
+        if not self.unknown:
+            self.new = neighbour.new if neighbour.active else there
 
 
 class PredictionEngine:
@@ -4550,10 +4521,8 @@ class PredictionEngine:
         self._arm(cells[col:end])
         attr = self._attr_for_typing(row, col, cells)
         cell.new = (self._book.cell_code(char, wide=False, fallback=False), attr)
-        self._touch(col)
-        if col < width - 1:
-            self._touch(col + 1)
-        else:
+        self._touch(min(col + 1, width - 1))
+        if col == width - 1:
             self._become_tentative()
             self._newline()
 
@@ -4613,16 +4582,20 @@ class NotificationBar:
         self.last_acked_at = now  # when the newest of our states that it is known to have was sent
         self._hint = f" [To quit: {quit_key} .]" if quit_key else ""
         self._message = ""
-        self._expires_at: int | None = None  # None: stays until replaced
+        self._expires_at: int | None = None  # of a message, unless it stays until it is replaced
         self._shows_hint = True
         self.tells_network_error = False  # the system's word on a failure to send, the reason of what follows from it
 
     def set_message(self, text: str, now: int, *, permanent: bool = False, hint: bool = True) -> None:
-        """Show `text` for MESSAGE_MS or until replaced; empty text clears it."""
+        """Show `text` for MESSAGE_MS, or if `permanent` until it is replaced."""
         self._message = text
         self._expires_at = None if permanent else now + MESSAGE_MS
         self._shows_hint = hint
         self.tells_network_error = False
+
+    def clear(self) -> None:
+        """Show no message any more."""
+        self.set_message("", 0, permanent=True)
 
     def set_network_error(self, text: str, now: int) -> None:
         """Show the system's word on a failure to send."""
@@ -4638,7 +4611,7 @@ class NotificationBar:
     def expire(self, now: int) -> None:
         """Drop a message whose time is over."""
         if self._expires_at is not None and now >= self._expires_at:
-            self.set_message("", now, permanent=True)
+            self.clear()
 
     def text(self, now: int, width: int = BAR_LIMIT) -> str:
         """Return the line, empty if nothing is to be shown. Where it is too long, how to quit outlasts for how long."""
@@ -4676,8 +4649,7 @@ class NotificationBar:
         for char in text:
             columns = char_width(char)
             if columns == 0 and cells:
-                contents = book.contents(cells[-1][0]) + char
-                cells[-1] = (book.cell_code(contents, False, False), bold)
+                cells[-1] = (book.marked(cells[-1][0], char), bold)
             elif columns > 0 and len(cells) + columns <= width:
                 cells += [(book.cell_code(char, columns == 2, False), bold), (" ", plain)][:columns]
         cells += [(" ", plain)] * (width - len(cells))
@@ -4685,7 +4657,7 @@ class NotificationBar:
 
     def next_timeout(self, now: int) -> int:
         """Return when the line changes next, as seen at `now`."""
-        deadlines = [] if self._expires_at is None or not self._message else [self._expires_at]
+        deadlines = [] if self._expires_at is None else [self._expires_at]
         late_at = min(self.last_heard_at + SERVER_LATE_MS, self.last_acked_at + REPLY_LATE_MS) + 1
         refresh = BAR_REFRESH_MS[now - self.last_heard_at > LONG_SILENCE_MS]
         deadlines.append(late_at if now < late_at else now + refresh)
@@ -4836,8 +4808,7 @@ class ServerCore:
         keys = bytearray()
         for event in events:
             if isinstance(event, Resize):
-                width = min(event.width, SCREEN_LIMIT_CELLS)
-                self.size = (width, min(event.height, SCREEN_LIMIT_CELLS // width))
+                self.size = (event.width, min(event.height, SCREEN_LIMIT_CELLS // event.width))
             elif isinstance(event, Hello):
                 self.client_hello, self._hello = event, Hello()
             else:
@@ -5188,9 +5159,9 @@ class ClientCore:
             if searching and not self.roaming.searching:
                 self.transport.hurry(now)  # until it hears from us again, the server may not send us much
                 if self.bar.tells_network_error:
-                    self.bar.set_message("", now, permanent=True)
+                    self.bar.clear()
         if was_connecting and self.phase is Phase.CONNECTED and not self._in_command:
-            self.bar.set_message("", now, permanent=True)  # the notice of a missing answer
+            self.bar.clear()  # the notice of a missing answer
         self.bar.last_heard_at = self.transport.remote.at
         self.bar.last_acked_at = self.transport.last_acked_at
         self._observe()
@@ -5287,7 +5258,7 @@ class ClientCore:
         """Take one key: add to `typed` what goes to the program, obey what is for us. Returns whether to go on."""
         if self._in_command:
             self._in_command = self._after_newline = False
-            self.bar.set_message("", now, permanent=True)
+            self.bar.clear()
             return self._obey(key, typed, now)
         if self._escape_key.starts_command(key, self._after_newline):
             self._in_command = True
@@ -5296,7 +5267,7 @@ class ClientCore:
             self._after_newline = key in b"\r\n"
             typed.append(key)
             if key == REPAINT_KEY:
-                self._shown_is_known = False
+                self.repaint()
         return True
 
     def _obey(self, key: int, typed: bytearray, now: int) -> bool:
@@ -5362,7 +5333,7 @@ class ClientCore:
 
     def last_frame(self, now: int) -> bytes:
         """Return the frame to leave behind: no bar, no title prefix."""
-        self.bar.set_message("", now, permanent=True)
+        self.bar.clear()
         self.bar.last_heard_at = self.bar.last_acked_at = now
         self._title_prefix = ""
         self._drawn = None
@@ -5395,9 +5366,9 @@ class ClientCore:
 
     def _update_notices(self, now: int) -> None:
         self.bar.expire(now)
-        waited_ms = now - self._started_at
         if self.phase is not Phase.CONNECTING:
             return
+        waited_ms = now - self._started_at
         if waited_ms > CONNECT_LIMIT_MS:
             self.start_shutdown("Timed out waiting for server...", now)
         elif waited_ms > CONNECT_NOTICE_MS and not self._in_command and not self.bar.tells_network_error:
@@ -5608,6 +5579,16 @@ def send_failure(error: OSError) -> SendFailure:
     return _SEND_FAILURES.get(error.errno or 0, SendFailure.REFUSED)
 
 
+def numeric_addresses(host: str, port: int, family: int) -> list[tuple[int, Address]]:
+    """Return (family, address) of what `host` says in figures, perhaps with a scope; nothing if it is a name."""
+    try:
+        # bytes, since for a str it would load the codec of international names: 1 ms. No name is worth waiting for.
+        found = socket.getaddrinfo(host.encode("ascii"), port, family, socket.SOCK_DGRAM, 0, socket.AI_NUMERICHOST)
+    except (socket.gaierror, UnicodeError):
+        return []
+    return [(entry[0], entry[4]) for entry in found]
+
+
 class PeerAddress(tuple):  # type: ignore[type-arg]
     """Where a datagram came from, as the system has it; equal to any other such tuple.
 
@@ -5639,12 +5620,13 @@ class UdpSocket:
             self._socket.setsockopt(level, option, value)
 
     def bind(self, host: str, port: int) -> None:
-        """Bind to a numeric address, perhaps with a scope. An IPv6 wildcard takes IPv4 too. Raises OSError."""
+        """Bind to an address in figures, perhaps with a scope. An IPv6 wildcard takes IPv4 too. Raises OSError."""
         if self.family == socket.AF_INET6:
             self._set_option(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        # Python forgets a scope that only the text names. Bytes, as in is_numeric, spare us a codec of 1 ms.
-        found = socket.getaddrinfo(host.encode("ascii"), port, self.family, socket.SOCK_DGRAM, 0, socket.AI_NUMERICHOST)
-        self._socket.bind(found[0][4])
+        found = numeric_addresses(host, port, self.family)
+        if not found:
+            raise OSError(errno.EINVAL, f"Bad IP address ({host})")
+        self._socket.bind(found[0][1])  # of `host` itself Python would forget a scope
         if host in ("::", "0.0.0.0"):
             self._ask_what_was_reached()
 
@@ -6182,17 +6164,17 @@ INSTALLED_CIPHERS: tuple[type[CryptographyCipher | LibcryptoCipher], ...] = (Cry
 CIPHERS = (*INSTALLED_CIPHERS, BundledCipher)
 
 
-def _cipher_attempts(wanted: str) -> Iterator[tuple[str, Callable[[bytes], Cipher], str]]:
-    """Yield (name, backend, where it is looked for) of all, or of those named `wanted`, each when its turn has come."""
-    named = [(make.name, make) for make in CIPHERS if wanted in ("", make.name)]
-    installed = [(name, make) for name, make in named if make in INSTALLED_CIPHERS]
-    yield from ((name, make, "as started") for name, make in installed)
+def _cipher_attempts(wanted: str) -> Iterator[tuple[type[CryptographyCipher | LibcryptoCipher], str]]:
+    """Yield (backend, where it is looked for) of all, or of those named `wanted`, each when its turn has come."""
+    named = [make for make in CIPHERS if wanted in ("", make.name)]
+    installed = [make for make in named if make in INSTALLED_CIPHERS]
+    yield from ((make, "as started") for make in installed)
     if sys.flags.no_site and installed:
         import site  # the interpreter was started with -S, which hides installed packages: look again with them
 
         site.main()
-        yield from ((name, make, "with site-packages") for name, make in installed)
-    yield from ((name, make, "in mosh.pyz") for name, make in named if make not in INSTALLED_CIPHERS)
+        yield from ((make, "with site-packages") for make in installed)
+    yield from ((make, "in mosh.pyz") for make in named if make not in INSTALLED_CIPHERS)
 
 
 def choose_cipher() -> Callable[[bytes], Cipher]:
@@ -6202,13 +6184,13 @@ def choose_cipher() -> Callable[[bytes], Cipher]:
     if wanted not in ("", *names):
         raise BootstrapError(f"MOSH_CRYPTO is {wanted!a}; it can be {', '.join(names[:-1])} or {names[-1]}")
     reasons = []
-    for name, make, where in _cipher_attempts(wanted):
+    for make, where in _cipher_attempts(wanted):
         try:
             check_cipher(make)
         except (ImportError, OSError, AttributeError, ValueError) as error:
-            reasons.append(f"{name} ({where}): {' '.join(str(error).split())}")
+            reasons.append(f"{make.name} ({where}): {' '.join(str(error).split())}")
         except Exception as error:  # `cryptography` has an exception class of its own for what OpenSSL refuses
-            reasons.append(f"{name} ({where}): {type(error).__name__}")
+            reasons.append(f"{make.name} ({where}): {type(error).__name__}")
         else:
             return make
     raise BootstrapError("no AES-128-OCB on this machine; " + "; ".join(reasons), NO_CIPHER)
@@ -6223,7 +6205,7 @@ def choose_cipher() -> Callable[[bytes], Cipher]:
 
 PTY_READ_BYTES = 16_384
 PTY_TURN_BYTES = 65_536  # read at most this much of a flood before others have their turn, less if a datagram comes,
-PTY_TURN_MS = 2  # and no more than that in this time: 32 MB/s, of which a runaway program needs no second processor
+PTY_TURN_MS = 2  # and no more than that in this time: 32 MB/s, lest a runaway program keep our processor busy, too
 FIRST_CLIENT_MS = 60_000
 DROPS_LOGGED = 16  # with -v: each of the first dropped datagrams has a line
 _SERVER_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGCHLD)
@@ -6262,9 +6244,6 @@ def bind_server(options: ServerOptions) -> UdpSocket:
         places.insert(0, (family, options.bind_address))
     reason = ""
     for family, host in places:
-        if not is_numeric(host, family):
-            print(f"Error binding to IP {host}: Bad IP address ({host}); trying any address", file=sys.stderr)
-            continue
         for port in range(options.ports[0], options.ports[1] + 1):
             udp = None
             try:
@@ -6281,16 +6260,6 @@ def bind_server(options: ServerOptions) -> UdpSocket:
             print(f"Error binding to IP {host}: {reason}; trying any address", file=sys.stderr)
     ports = "-".join(map(str, sorted(set(options.ports))))
     raise BootstrapError(f"no UDP port in {ports} can be bound: {reason}; -p chooses others")
-
-
-def is_numeric(host: str, family: int) -> bool:
-    """Return whether `host` is an address and not a name, for which a server must not wait."""
-    try:
-        # bytes, since for a str it would load the codec of international names: 1 ms
-        socket.getaddrinfo(host.encode("ascii"), 0, family, socket.SOCK_DGRAM, 0, socket.AI_NUMERICHOST)
-    except (socket.gaierror, UnicodeError):
-        return False
-    return True
 
 
 def use_utf8_locale(environ: MutableMapping[str, str], fallback: dict[str, str]) -> None:
@@ -6551,7 +6520,7 @@ class Server:
                 failure = send_failure(error)
                 refused += [len(datagram)] * (failure in LASTING_FAILURES)
                 if failure is SendFailure.TOO_BIG:
-                    self._core.transport.datagrams.shrink_mtu()
+                    self._core.transport.datagrams.mtu.shrink()
                 self._log(f"sendto: {error.strerror}")
         if datagrams:
             self._core.note_sending(now, refused_bytes=sum(refused), reached=len(refused) < len(datagrams))
@@ -6567,7 +6536,7 @@ class Server:
         return monotonic_ms() < self._pty_rests_until
 
     def _read_pty(self, now: int, *, last: bool = False) -> None:
-        """`last`: the program has ended. What the kernel still holds for it, 12 KB on Linux, fits into one turn."""
+        """Read what the program writes. `last`: it has ended; the kernel's rest, 12 KB on Linux, fits into one turn."""
         chunks: list[bytes] = []
         size = 0
         while size < PTY_TURN_BYTES:
@@ -7124,7 +7093,7 @@ class Client:
         failures = [error and send_failure(error) for error in errors]
         reached = None in failures or SendFailure.TOO_BIG in failures
         if SendFailure.TOO_BIG in failures:
-            core.transport.datagrams.shrink_mtu()
+            core.transport.datagrams.mtu.shrink()
         if failures[0] in LASTING_FAILURES:
             core.roaming.path_failed(now, reached=reached)
         if reached:
@@ -8275,7 +8244,7 @@ def _login_options(arguments: argparse.Namespace) -> LoginOptions:
             raise UsageError(f"Unknown parameter {value} for {name}. One of: {', '.join(allowed)}")
     where = options.bind_server
     address = where.partition("%")[0]  # a scope behind it is the server's, and need not exist here
-    if where.lower() not in ("ssh", "any") and not is_numeric(address, socket.AF_UNSPEC):
+    if where.lower() not in ("ssh", "any") and not numeric_addresses(address, 0, socket.AF_UNSPEC):
         raise UsageError(f"--bind-server can be ssh, any or a numeric address, not {where}")
     try:
         options.ssh = shlex.split(arguments.ssh) or ["ssh"]
@@ -8457,11 +8426,9 @@ def client_main(words: Sequence[str]) -> int:
     if key_text is None:
         raise UsageError("MOSH_KEY environment variable not found.")
     key = Key.from_text(key_text)
-    try:
-        found = socket.getaddrinfo(host, port, 0, socket.SOCK_DGRAM, 0, socket.AI_NUMERICHOST)
-    except (socket.gaierror, UnicodeError):
-        raise UsageError(f"Bad IP address ({host})") from None
-    candidates = [Candidate(entry[0], entry[4]) for entry in found]
+    candidates = [Candidate(*found) for found in numeric_addresses(host, port, socket.AF_UNSPEC)]
+    if not candidates:
+        raise UsageError(f"Bad IP address ({host})")
     terminfo = Terminfo(os.environ.get("TERM", ""))
     make_cipher = choose_cipher()
     return run_client(key, candidates, port, _client_options(None, None, True), terminfo, make_cipher)

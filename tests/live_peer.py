@@ -197,7 +197,7 @@ class Program:
 class LivePeer(ABC):
     """One session between one of our cores and a stock program, for the length of a `with` block."""
 
-    def __init__(self, home: Path, size: Size) -> None:
+    def __init__(self, home: Path, size: Size = (80, 24)) -> None:
         self._home = home
         self._size = size
         self._resources = ExitStack()
@@ -396,9 +396,6 @@ class StockClient(LivePeer):
     """A stock client drawing on a terminal that an emulator of ours plays."""
 
     _takes_frames_whole = False             # a terminal may be looked at in the middle of one
-
-    def __init__(self, home: Path, size: Size = (80, 24)) -> None:
-        super().__init__(home, size)
 
     def _start(self) -> None:
         key = mosh.Key(os.urandom(mosh.KEY_BYTES))

@@ -647,7 +647,7 @@ class Simulation:
         """Put a datagram on the wire, once for each target."""
         self.invariants.check_sent(end, datagram)
         if len(datagram) + UDP_HEADERS_BYTES > self.link.mtu_bytes:
-            end.core.transport.datagrams.shrink_mtu()
+            end.core.transport.datagrams.mtu.shrink()
             return
         if end is self.client:
             if self.link.nat_forgets_ms and self.now - self._client_sent_at > self.link.nat_forgets_ms:

@@ -16,9 +16,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from peers import end_process, process_alive, wait_until
+from peers import LOOPBACK, end_process, process_alive, wait_until
 
-LOOPBACK = "127.0.0.1"
 ALIAS = "far-host"              # a host alias that only our ssh configuration knows
 DEAD_ALIAS = "closed-host"      # one whose port refuses
 START_ATTEMPTS = 5              # the free port found may be taken before sshd binds it

@@ -242,7 +242,7 @@ def test_candidates_beside_the_first_get_some_copies() -> None:
 
 @pytest.mark.parametrize(("number", "mtu_bytes"), [(errno.EMSGSIZE, mosh.FALLBACK_MTU_BYTES), (errno.ENOBUFS, 1_252)])
 def test_what_the_system_finds_too_large_for_any_candidate_is_sent_smaller(number: int, mtu_bytes: int) -> None:
-    assert _paste_through(Sockets({THERE: number}))._core.transport.datagrams.mtu_bytes == mtu_bytes
+    assert _paste_through(Sockets({THERE: number}))._core.transport.datagrams.mtu.bytes == mtu_bytes
 
 
 def test_a_candidate_without_a_path_does_not_keep_the_others_from_their_copies() -> None:

@@ -393,9 +393,9 @@ def test_old_ports_are_kept_for_60_s() -> None:
 
 def test_a_refused_datagram_makes_all_later_ones_small() -> None:
     client = _client()
-    assert client.mtu_bytes == 1_252
-    client.shrink_mtu()
-    assert client.mtu_bytes == 500
+    assert client.mtu.bytes == 1_252
+    client.mtu.shrink()
+    assert client.mtu.bytes == 500
 
 
 def _tried(*nums: int) -> mosh.PathMtu:

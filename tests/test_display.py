@@ -77,6 +77,16 @@ def _untold(vector: vectors.Vector) -> dict[str, object]:
     return {} if vector.get("title", True) else {"window_title": ""}
 
 
+@pytest.mark.parametrize("bce", [True, False])
+def test_empty_cells_in_a_colour_are_erased_only_where_erasing_takes_that_colour(bce: bool) -> None:
+    terminal = mosh.Emulator(30, 1)
+    base = terminal.framebuffer.copy()
+    terminal.feed(b"a\x1b[44m\x1b[K\x1b[20Gb")
+    frame = mosh.Display(bce=bce).frame(base, terminal.framebuffer)
+    assert (b"X" in frame) == (b"\x1b[K" in frame) == bce
+    assert frame.count(b" ") == (0 if bce else 28)
+
+
 @settings(max_examples=300)
 @given(terminal_bytes(), terminal_bytes(), st.booleans(), st.booleans())
 def test_apply_diff_law(first: bytes, second: bytes, ech: bool, bce: bool) -> None:

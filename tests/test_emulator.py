@@ -224,6 +224,19 @@ def test_skipping_what_scrolls_away_unseen_changes_nothing(
     ]
 
 
+def test_a_scrolling_region_below_the_screen_is_ignored() -> None:
+    terminal = mosh.Emulator(12, 5)
+    terminal.feed(b"\x1b[2;4r\x1b[3;3H\x1b[7;9r")
+    assert (terminal.region_top, terminal.region_bottom) == (1, 3)
+    assert (terminal.framebuffer.cursor_row, terminal.framebuffer.cursor_col) == (2, 2)
+
+
+def test_a_clipboard_without_contents_is_ignored() -> None:
+    terminal = mosh.Emulator(12, 5)
+    terminal.feed(b"\x1b]52;c;aGk=\x07\x1b]52;c\x07")
+    assert (terminal.framebuffer.clipboard, terminal.framebuffer.copy_count) == ("aGk=", 1)
+
+
 def test_a_control_cut_in_half_before_a_flood_is_obeyed() -> None:
     terminal = mosh.Emulator(12, 5)
     terminal.feed(b"\xc2")

@@ -176,7 +176,7 @@ def _receive_all(
             with contextlib.suppress(mosh.PacketError):
                 core.receive_datagram(peer.seal(piece, now), SOURCE, now)
         sent = core.datagrams_to_send(now * 1_000)
-        assert all(len(datagram) <= core.transport.datagrams.mtu_bytes for datagram in sent)
+        assert all(len(datagram) <= core.transport.datagrams.mtu.bytes for datagram in sent)
 
 
 @fuzz

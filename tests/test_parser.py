@@ -258,17 +258,6 @@ def _pieces(text: str, cuts: Sequence[int]) -> list[str]:
     return [text[start:end] for start, end in zip(edges, edges[1:])]
 
 
-@given(STREAM, STREAM)
-def test_a_copy_goes_on_where_the_original_was(before: str, after: str) -> None:
-    parser, recorder = mosh.Parser(), Recorder()
-    _parse(parser, before, recorder)
-    copy, copied = parser.copy(), Recorder()
-    copied.actions = list(recorder.actions)
-    _parse(parser, "\x1b]junk\x18" + after, Recorder())
-    _parse(copy, after, copied)
-    assert copied.actions == _parsed(before + after)
-
-
 # -- limits ----------------------------------------------------------------------------------------------------
 
 

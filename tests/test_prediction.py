@@ -408,10 +408,17 @@ def test_stock_notification_vector(vector: vectors.Vector) -> None:
     assert screen.cursor_visible == expect["cursor_visible"]
 
 
-@pytest.mark.parametrize("mode", list(mosh.PredictionMode))
+def test_the_bar_takes_wide_characters_and_combining_marks() -> None:
+    screen = mosh.Emulator(12, 1).framebuffer
+    bar = mosh.NotificationBar(0, "")
+    bar.set_message("\u6f22e\u0301\u0302x\u6f22!", 0)
+    bar.draw(screen, 0)
+    assert screen.lines() == ["mosh: \u6f22e\u0301\u0302x\u6f22"]
+
+
+@pytest.mark.parametrize("mode", [mode for mode in mosh.PredictionMode if mode is not mosh.PredictionMode.EXPERIMENTAL])
 def test_a_password_is_never_shown(mode: mosh.PredictionMode) -> None:
-    if mode is mosh.PredictionMode.EXPERIMENTAL:
-        pytest.skip("experimental mode shows everything at once, by design")
+    """Save in experimental mode, which shows everything at once, by design."""
     driver = _typing_at_a_prompt(mode.value, 250, b"Password: ")
     for i, key in enumerate(b"secret"):
         driver.type(bytes([key]))

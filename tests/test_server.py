@@ -465,7 +465,7 @@ def test_what_the_system_finds_too_large_is_sent_smaller() -> None:
     server._udp, server._log = _Refusing(), lines.append  # type: ignore[assignment]
     server._send(100)
     assert lines == ["sendto: Message too long"]
-    assert server._core.transport.datagrams.mtu_bytes == mosh.FALLBACK_MTU_BYTES
+    assert server._core.transport.datagrams.mtu.bytes == mosh.FALLBACK_MTU_BYTES
 
 
 # -- its child -------------------------------------------------------------------------------------------------

@@ -182,12 +182,12 @@ def test_large_datagrams_are_used_again_when_the_path_carries_them_again(sim: Si
     sim.link.path_mtu_bytes = 600
     sim.client.type("noise 600\r")
     sim.run_until(lambda: sim.settled, limit_ms=3_000)
-    assert sim.server.core.transport.datagrams.mtu_bytes == mosh.FALLBACK_MTU_BYTES
+    assert sim.server.core.transport.datagrams.mtu.bytes == mosh.FALLBACK_MTU_BYTES
     sim.run(ms=100_000)  # probes are lost
-    assert sim.server.core.transport.datagrams.mtu_bytes == mosh.FALLBACK_MTU_BYTES
+    assert sim.server.core.transport.datagrams.mtu.bytes == mosh.FALLBACK_MTU_BYTES
     sim.link.path_mtu_bytes = 1_500
     sim.run(ms=70_000)
-    assert sim.server.core.transport.datagrams.mtu_bytes == mosh.MTU_BYTES["IPv4"]
+    assert sim.server.core.transport.datagrams.mtu.bytes == mosh.MTU_BYTES["IPv4"]
 
 
 def test_an_end_that_wakes_up_goes_on_where_it_was(sim: Simulation) -> None:

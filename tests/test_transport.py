@@ -257,7 +257,7 @@ def test_a_peer_that_sends_heartbeats_without_end_gets_few() -> None:
         peer.say(num, num + 1, "", ack=1)
         answered += [at for at, *_ in peer.listen(until=peer.now + 50)]
         peer.forget_timestamp()
-    assert all(gap >= mosh.FOLLOW_MS for gap in _gaps(answered))
+    assert min(_gaps(answered)) >= mosh.FOLLOW_MS
 
 
 def test_an_ack_rides_on_data() -> None:
@@ -349,20 +349,20 @@ def test_what_a_silent_program_last_said_to_a_key_does_not_wait_for_its_turn(int
 
 
 def test_answers_go_ahead_of_their_turn_once_per_round_trip() -> None:
-    """A program that paints the screen for every key, and keys that repeat."""
+    """A program that paints the screen for every key, and keys that repeat; the pacing alone would be slower by now."""
     sent = []
     peer = _connected(mosh.COLLECT_MS["server"], rtt_ms=100)
     while peer.now < 3_000:
         peer.transport.sender.expect_answer(peer.now)
         sent += _flood(peer, until=peer.now + 30, silent_at=peer.now + 1)
-    assert len(sent) < 2_000 / 50 * 1.5
+    assert _gaps(sent)[-10:] == [100] * 10
 
 
 def test_a_flood_that_goes_on_after_a_key_keeps_to_its_turns() -> None:
     peer = _connected(mosh.COLLECT_MS["server"], rtt_ms=100)
     _flood(peer, until=1_300, silent_at=4_000)
     peer.transport.sender.expect_answer(peer.now)
-    assert all(gap >= 50 for gap in _gaps(_flood(peer, until=2_000, silent_at=4_000)))
+    assert min(_gaps(_flood(peer, until=2_000, silent_at=4_000))) >= 50
 
 
 def test_many_small_frames_add_up() -> None:
@@ -834,25 +834,25 @@ def test_an_empty_instruction_from_an_address_not_proven_is_acknowledged_soon(
 def test_a_padded_heartbeat_probes_for_large_datagrams() -> None:
     peer = _connected(rtt_ms=100)
     peer.transport._random_bytes = random.Random(1).randbytes
-    peer.transport.datagrams.shrink_mtu()
+    peer.transport.datagrams.mtu.shrink()
     beats = [(at, max(sizes)) for at, sizes in _sizes(peer, until=150_000)]
     probes = [at for at, size in beats if size > mosh.FALLBACK_MTU_BYTES]
     assert {size for _, size in beats if size > mosh.FALLBACK_MTU_BYTES} <= set(range(1_245, 1_253))
     assert 10_000 <= probes[0] - 1_000 <= 13_000 and all(60_000 <= gap <= 63_000 for gap in _gaps(probes))
     assert max(_gaps([at for at, _ in beats])) <= 3_000  # a probe that is lost is not missed for long
     peer.say(1, 2, ack=peer.transport.sender.sent[-1].num)
-    assert peer.transport.datagrams.mtu_bytes == mosh.FALLBACK_MTU_BYTES
+    assert peer.transport.datagrams.mtu.bytes == mosh.FALLBACK_MTU_BYTES
 
 
 def test_an_acknowledged_probe_brings_large_datagrams_back() -> None:
     peer = _connected(rtt_ms=100)
     peer.transport._random_bytes = random.Random(1).randbytes
-    peer.transport.datagrams.shrink_mtu()
+    peer.transport.datagrams.mtu.shrink()
     while max(_sizes(peer, until=peer.now + 1)[-1:], default=(0, [0]))[1][0] < 600:
         peer.now += 100
         assert peer.now < 20_000
     peer.say(1, 2, ack=peer.transport.sender.sent[-1].num)
-    assert peer.transport.datagrams.mtu_bytes == 1_252
+    assert peer.transport.datagrams.mtu.bytes == 1_252
 
 
 def test_a_datagram_refused_for_its_size_is_replaced_at_once() -> None:
@@ -860,7 +860,7 @@ def test_a_datagram_refused_for_its_size_is_replaced_at_once() -> None:
     peer.transport.set_current(Note(NOISE[:3_000]), now=1_000)
     sent = _sizes(peer, until=1_010)
     assert peer.transport.next_timeout() > peer.now  # type: ignore[operator]
-    peer.transport.datagrams.shrink_mtu()
+    peer.transport.datagrams.mtu.shrink()
     assert peer.transport.next_timeout() <= peer.now  # type: ignore[operator]
     ((at, sizes),) = _sizes(peer, until=1_011)
     assert max(sent[0][1]) > 600 and max(sizes) <= mosh.FALLBACK_MTU_BYTES and at == 1_010

@@ -181,7 +181,7 @@ class Terminal:
         width, height = self._tmux("display-message", "-p", "-t", "main", "#{pane_width} #{pane_height}").split()
         return int(width), int(height)
 
-    def wait_for(self, wanted: str | Condition, seconds: float = WAIT_SECONDS, what: str = "") -> Snapshot:
+    def wait_for(self, wanted: str | Condition, seconds: float = WAIT_SECONDS) -> Snapshot:
         """Wait until the screen contains the text, or the condition holds. Raises TimeoutError with the screen."""
         shown: Condition = wanted if callable(wanted) else lambda snapshot: str(wanted) in snapshot.text
         deadline = time.monotonic() + seconds
@@ -190,7 +190,7 @@ class Terminal:
             if shown(snapshot):
                 return snapshot
             if time.monotonic() > deadline:
-                wish = what or (repr(wanted) if isinstance(wanted, str) else "the expected screen")
+                wish = repr(wanted) if isinstance(wanted, str) else "the expected screen"
                 raise TimeoutError(f"waited {seconds:g} s for {wish}; {describe(snapshot)}")
             pause()
 
