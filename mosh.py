@@ -7042,10 +7042,11 @@ class Client:
                     self._receive(udp, now)
             if core.transport.datagrams.may_close_old_ports(now):
                 self._sockets.close_old()
+            arrived = self._signals.take() if self._signals in ready else set()
+            self._follow_window(arrived, now)  # first, since keys are typed into the window that the user sees
             if 0 in ready:
                 self._read_keys(now)
-            if self._signals in ready:
-                self._obey(self._signals.take(), now)
+            self._end_on(arrived, now)
 
     def _draw(self) -> None:
         self._terminal.flush()
@@ -7131,16 +7132,19 @@ class Client:
     def _suspend(self) -> None:
         arrived = self._terminal.leave(self._signals, b"\r\n\x1b[37;44m[mosh is suspended.]\x1b[m\r\n")
         os.kill(0, signal.SIGSTOP)  # the whole job, so that the shell notices
-        self._obey({signal.SIGCONT, *arrived, *self._signals.take()}, monotonic_ms())
+        arrived |= {signal.SIGCONT, *self._signals.take()}
+        self._follow_window(arrived, monotonic_ms())
+        self._end_on(arrived, monotonic_ms())
 
-    def _obey(self, arrived: set[int], now: int) -> None:
-        """Do what these signals ask for."""
+    def _follow_window(self, arrived: set[int], now: int) -> None:
         if signal.SIGCONT in arrived:
             self._terminal.enter()
             self._core.repaint()
             self._core.roaming.network_changed(now)  # nobody knows for how long we were stopped
         if arrived & {signal.SIGCONT, signal.SIGWINCH}:
             self._core.resize(*window_size(0), now)
+
+    def _end_on(self, arrived: set[int], now: int) -> None:
         if arrived & _ENDING_SIGNALS:
             self._told_to_end = True
             self._core.start_shutdown("Signal received, shutting down...", now)

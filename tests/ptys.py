@@ -22,9 +22,9 @@ class PtyProcess:
     def __init__(self, command: Sequence[str], environ: Mapping[str, str], size: tuple[int, int]) -> None:
         """`size` is (width, height), 0 for one that the terminal does not know."""
         self._keeper, user = pty.openpty()
-        fcntl.ioctl(user, termios.TIOCSWINSZ, struct.pack("HHHH", size[1], size[0], 0, 0))
-        self.modes_before = termios.tcgetattr(user)
         self._user = user
+        self.resize(*size)
+        self.modes_before = termios.tcgetattr(user)
         self.output = b""
         self._process = subprocess.Popen(
             command, env=dict(environ), stdin=user, stdout=user, stderr=user, start_new_session=True
@@ -43,6 +43,10 @@ class PtyProcess:
     def modes(self) -> list[object]:
         """The terminal's modes now."""
         return list(termios.tcgetattr(self._user))
+
+    def resize(self, width: int, height: int) -> None:
+        """Change the window's size; the program gets SIGWINCH."""
+        fcntl.ioctl(self._user, termios.TIOCSWINSZ, struct.pack("HHHH", height, width, 0, 0))
 
     def type(self, keys: bytes) -> None:
         """Press keys."""

@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import termios
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -501,6 +501,41 @@ def test_keys_that_another_program_has_read_are_not_the_end_of_input(
     monkeypatch.setattr(os, "read", read)
     client._read_keys(0)
     assert client._stdin_open == goes_on
+
+
+def test_keys_come_behind_the_size_of_the_window_that_they_were_typed_into(home: Path) -> None:
+    """A client that finds both at once tells the server of the window first."""
+    udp = mosh.UdpSocket(socket.AF_INET)
+    udp.bind(LOOPBACK, 0)
+    cipher = mosh.choose_cipher()(mosh.Key.from_text(KEY).raw)
+    core = mosh.ServerCore(
+        mosh.Channel(cipher, mosh.TO_CLIENT), mosh.monotonic_ms(), width=1, height=1, random_bytes=os.urandom
+    )
+
+    def serve_until(done: Callable[[], bool]) -> None:
+        end = mosh.monotonic_ms() + int(1000 * LIMIT_SECONDS)
+        while not done():
+            assert mosh.monotonic_ms() < end
+            mosh.wait((udp,), (), core.next_timeout())
+            received = udp.receive()
+            if received is not None:
+                core.receive_datagram(*received[:2], mosh.monotonic_ms())
+            for datagram in core.datagrams_to_send(mosh.monotonic_ms()):
+                udp.send(datagram, core.peer)
+
+    with contextlib.closing(udp), on_a_terminal(
+        peers.client_command("ours", udp.port), _environ(home, KEY), (80, 24)
+    ) as client:
+        client.read_until(lambda output: b"\x1b[?1h" in output)
+        serve_until(lambda: core.size == (80, 24))
+        length = core.transport.remote.state.length
+        client.send_signal(signal.SIGSTOP)
+        client.resize(100, 40)
+        client.type(b"k")
+        client.send_signal(signal.SIGCONT)
+        serve_until(lambda: bool(core.host_input))
+        resize, key = core.transport.remote.state.events_since(length)[-2:]
+        assert isinstance(resize, mosh.Resize) and (resize.width, resize.height) == (100, 40) and key == ord("k")
 
 
 def test_a_terminal_that_vanishes_ends_the_client(home: Path) -> None:
