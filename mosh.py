@@ -966,13 +966,14 @@ class FragmentAssembly:
 # pieces it has, so under steady output none would ever be whole.
 #
 # Repeating. An ack may take an RTO, which covers the way, and ACK_DELAY_MS, which the peer may wait for data to carry
-# it; then what was sent is taken for lost and sent again, and after that once per RTO. Four things change this:
+# it; then what was sent is taken for lost and sent again. From then on, and whatever newer there is to say, it goes at
+# the pace of frames, or once per RTO if it takes that many bytes. Four things change this:
 #
 # - A newer datagram of the peer, an RTO after ours, that does not acknowledge it: ours was lost and goes again at once.
 #   If it says what we know, it was our ack that was lost, and that is said again.
-# - Gaps in the peer's sequence numbers: the path is lossy. Then a small diff goes twice in quick succession and again
-#   after each RTO. At RTT 100 ms with 29 % loss each way a key takes 128 ms to its echo in the mean, 220 with stock's
-#   rules, for 1.3 times the bytes (tests/bench_simulated.py). A third copy makes it 117 ms for 1.8 times the bytes.
+# - Gaps in the peer's sequence numbers: the path is lossy. Then what fits a datagram goes twice in quick succession and
+#   again after an RTO. At RTT 100 ms with 29 % loss each way a key takes 128 ms to its echo in the mean, 220 with
+#   stock's rules, for 1.4 times the bytes (tests/bench_simulated.py). A third copy: 118 ms for 1.8 times the bytes.
 # - A large diff that is not acknowledged though the peer is heard: on a narrow path with a short queue fragments are
 #   lost each time, and always the same ones. Then the state goes by parts, each when the last one is acknowledged.
 #   What a client has typed may not: a stock server aborts when a state holds less than one before. So that is repeated
@@ -1000,10 +1001,11 @@ assert max(COLLECT_MS.values()) < ACK_DELAY_MS < ACK_INTERVAL_MS
 
 LOSSY_COUNT = 4  # so many of LOSS_WINDOW datagrams lost make a path lossy, and then
 assert LOSS_RUN < LOSSY_COUNT  # one outage does not
-LOSSY_COPIES = 2  # a small diff is sent so often in quick succession,
+LOSSY_COPIES = 2  # an instruction of one datagram is sent so often in quick succession,
+LOSSY_COPY_BYTES = MTU_BYTES["IPv4"]
 LOSSY_COPY_MS = (10, 50)  # after SRTT/8 within these bounds, far enough apart for a burst of losses to pass
-QUICK_DIFF_BYTES = 200  # which diffs are small in this respect: keys, a line of output
-QUICK_RESEND_MS, QUICK_RESEND_LIMIT_MS = 200, 10_000  # how often they go again while no ack comes, and for how long
+QUICK_DIFF_BYTES = 200  # small diffs, keys and a line of output,
+QUICK_RESEND_MS, QUICK_RESEND_LIMIT_MS = 200, 10_000  # go again so often while no ack comes, for so long
 
 PACING_BYTES = 1_000  # debt that is paid off in one frame interval
 FRAME_DEBT_BYTES = 500  # what an instruction costs at least, unless its diff is small
@@ -1125,7 +1127,7 @@ class Sender(Generic[Local]):
         self._answered_at = now  # when an answer was last sent, be it ahead of its turn or not
         self._held_until = now  # a diff was too large for an address that is not proven, and a probe has gone instead
         self._resend_now = False  # the peer has been heard, and lacks what it should have by now
-        self._last_diff_bytes = 0
+        self._last_diff_bytes = self._last_bytes = 0  # of the last instruction, and of its datagrams
         self._copies = 0  # how often the last state has been sent
         self.may_step_back = True  # the peer bears a state that holds less than one before
         self._large = LargeDiffs()
@@ -1199,12 +1201,15 @@ class Sender(Generic[Local]):
             waited_ms = sent_at - (self._unacked_since or sent_at)
             return max(interval, self.patience_ms, min(ACK_INTERVAL_MS, waited_ms // 2))
         lossy = self._arrivals.lost_count >= LOSSY_COUNT
+        copies = LOSSY_COPIES if lossy and self._last_bytes <= LOSSY_COPY_BYTES else 1
+        if self._copies < copies:
+            return clamp(self._round_trip.srtt_ms / 8, LOSSY_COPY_MS)
         if self._last_diff_bytes <= QUICK_DIFF_BYTES:
-            if lossy and self._copies < LOSSY_COPIES:
-                return clamp(self._round_trip.srtt_ms / 8, LOSSY_COPY_MS)
             if self._unacked_since is not None and sent_at - self._unacked_since < QUICK_RESEND_LIMIT_MS:
                 interval = min(interval, QUICK_RESEND_MS)
-        return max(interval, self._round_trip.rto_ms if lossy or self._copies > 1 else self.patience_ms)
+        if self._unacked_since is not None and sent_at - self._unacked_since >= self.patience_ms:
+            return max(interval, min(self._round_trip.rto_ms, interval * self._last_bytes // PACING_BYTES))
+        return max(interval, self._round_trip.rto_ms if lossy else self.patience_ms)
 
     def _assume(self, now: int) -> NumberedState[Local]:
         """Return the newest state in an unbroken run of those sent within a retransmission timeout."""
@@ -1227,7 +1232,7 @@ class Sender(Generic[Local]):
         debt = size if len(diff) <= SMALL_DIFF_BYTES else max(size, FRAME_DEBT_BYTES)
         self._debt_bytes = max(0.0, self._debt_bytes - paid) + debt
         self._debt_at = now
-        self._last_diff_bytes = len(diff)
+        self._last_diff_bytes, self._last_bytes = len(diff), size
 
     def expect_answer(self, now: int) -> None:
         """The peer's user has typed something."""
