@@ -537,8 +537,9 @@ LOSS_RUN = 3  # more than this lost in a row is an outage, which says little abo
 
 # Payload sizes: what fits the smallest path worth expecting (1280 bytes), and what to do when even that does not. A
 # path may drop what is too large without a word, so nothing is believed but acks: an instruction that needed large
-# datagrams and is not acknowledged in MTU_TRIES is cut small from then on. Loss may look the same; that costs a few
-# headers until a probe, a heartbeat padded to full size, is acknowledged. One that is lost delays nothing.
+# datagrams is cut small from then on when MTU_TRIES of it, and the time for an ack of the last, have brought none. Loss
+# may look the same; that costs a few headers until a probe, a heartbeat padded to full size, is acknowledged. One that
+# is lost delays nothing.
 MTU_BYTES = {"IPv4": 1280 - 28, "IPv6": 1280 - 64}  # whole datagram behind the UDP header
 FALLBACK_MTU_BYTES = 500
 MTU_TRIES = 2
@@ -624,28 +625,28 @@ class PathMtu:
         self.full_bytes = full_bytes
         self.bytes = full_bytes
         self._large_nums: deque[int] = deque(maxlen=MTU_NUMS)  # states tried in large datagrams, the newest last
-        self._unacked_since = 0  # all of them, and that is long ago
+        self._tried_at = 0  # when the last of MTU_TRIES was made, or an ack came since
         self._probe_num: int | None = None
         self._probe_at: int | None = None
 
     def instruction_sent(self, num: int, largest_bytes: int, now: int) -> None:
         """State `num` is on its way in datagrams of which the largest has `largest_bytes`."""
         if largest_bytes > FALLBACK_MTU_BYTES:
-            if not self._large_nums:
-                self._unacked_since = now
             self._large_nums.append(num)
+            if len(self._large_nums) <= MTU_TRIES:
+                self._tried_at = now
 
     def acknowledged(self, num: int, now: int) -> None:
         """The peer has state `num`."""
         if self._large_nums and num >= self._large_nums[0]:  # no diff of a later state was small without that one
             self._large_nums = deque((other for other in self._large_nums if other > num), maxlen=MTU_NUMS)
-            self._unacked_since = now
+            self._tried_at = now
         if num == self._probe_num:
             self.bytes, self._probe_num, self._probe_at = self.full_bytes, None, None
 
     def update(self, now: int, patience_ms: int) -> None:
         """Fall back if large datagrams have been tried often enough and `patience_ms` has brought no ack."""
-        if len(self._large_nums) >= MTU_TRIES and now - self._unacked_since >= patience_ms:
+        if len(self._large_nums) >= MTU_TRIES and now - self._tried_at >= patience_ms:
             self.shrink()
         if self.bytes < self.full_bytes and self._probe_at is None:
             self._probe_at = now + MTU_PROBE_MS[0]
