@@ -4671,13 +4671,13 @@ def prefix_titles(screen: Framebuffer, prefix: str) -> None:
 # Where a client sends when answers stop; see Roaming.
 MAX_CANDIDATES = 8
 ANSWER_MS = 1_000  # an answer to something said is overdue after this and two round trips
-SILENT_MS = 6_500  # and so is any word of the server: it has left out two heartbeats
+SILENT_MS = 6_500  # and so is any word of the server: it has left out two heartbeats; one to ours: after PORT_HOP_MS
 TRIES_MS = (0, 500, 1_500)  # after the start of a search, since the first datagrams on a new network are often lost
 COPY_MS = 2_500  # else the other candidates get copies this seldom, that is, with each heartbeat
 COPY_DATAGRAMS = 8  # of an instruction; one is enough to move the server
 RETRY_MS, RETRY_LIMIT_MS = 200, 60_000  # how soon to try again where the system refuses to send, and for how long
 LOOKUP_MS = (1_000, 60_000)  # from the start of a search to the first look at the name; doubles up to the second
-assert COPY_MS < ACK_INTERVAL_MS and 2 * (ACK_INTERVAL_MS + ACK_DELAY_MS) < SILENT_MS
+assert COPY_MS < ACK_INTERVAL_MS and 2 * (ACK_INTERVAL_MS + ACK_DELAY_MS) < SILENT_MS < PORT_HOP_MS
 
 TYPED_LIMIT_EVENTS = 1 << 20  # typed or pasted but not acknowledged; beyond it the client's shell stops reading
 INPUT_LIMIT_BYTES = 4 << 20  # typed ahead for a program that does not read; a kernel's tty drops keys far earlier
@@ -4996,8 +4996,9 @@ class Roaming:
         if self._awaiting_since is None and sender.current != acked.state:
             self._awaiting_since = now
         self._round_trip = transport.datagrams.round_trip
-        heard_at = transport.datagrams.last_heard_at
-        self._silent_at = None if heard_at is None else heard_at + SILENT_MS
+        heard_at, answered_at = transport.datagrams.last_heard_at, transport.datagrams.last_round_trip_at
+        if heard_at is not None and answered_at is not None:
+            self._silent_at = min(heard_at + SILENT_MS, answered_at + PORT_HOP_MS)
         overdue_at = self._overdue_at()
         if overdue_at is not None and now >= overdue_at:
             self._doubted.add(self.current)
