@@ -497,7 +497,8 @@ class Invariants:
         self._nonces: set[bytes] = set()
         self._readers = {direction: sim.channel(1 - direction) for direction in self.in_flight}
         self._assemblies = {direction: mosh.FragmentAssembly() for direction in self.in_flight}
-        self._trains = {direction: (0, {0: 0}) for direction in self.in_flight}  # id and sizes of what is being sent
+        # of the instruction being sent: the id and number of the fragment that is next, and the sizes of those before
+        self._trains: dict[int, tuple[tuple[int, int], dict[int, int]]] = dict.fromkeys(self.in_flight, ((0, 0), {}))
         self._largest_bytes = dict.fromkeys(self.in_flight, 0)  # of an instruction so far
         self._last: dict[int, mosh.Instruction] = {}
         self._acked = dict.fromkeys(self.in_flight, 0)  # the newest ack that an end has been given of what it keeps
@@ -519,11 +520,12 @@ class Invariants:
         self.require(nonce not in self._nonces, f"nonce {nonce.hex()} is used twice")
         self._nonces.add(nonce)
         fragment = mosh.Fragment.decode(self._readers[direction].open(datagram)[1][mosh.TIMESTAMPS.size :])
-        instruction_id, sizes = self._trains[direction]
-        if fragment.instruction_id != instruction_id or fragment.num in sizes:  # the first one of a try
-            _, sizes = self._trains[direction] = fragment.instruction_id, {}
+        awaited, sizes = self._trains[direction]
+        if (fragment.instruction_id, fragment.num) != awaited or fragment.num in sizes:  # the first one of a try
+            sizes = {}
             self._acked_before[direction] = self._acked[direction]
         sizes[fragment.num] = len(datagram)
+        self._trains[direction] = (fragment.instruction_id, 0 if fragment.final else fragment.num + 1), sizes
         self._largest_bytes[direction] = max(self._largest_bytes[direction], sum(sizes.values()))
         instruction = self._assemblies[direction].add(fragment)
         if instruction is not None:
