@@ -791,9 +791,10 @@ def _timestamp(now: int) -> int:
 # == 6. Fragments -- instruction, fragmenter, fragment assembly
 # ======================================================================================================================
 # An instruction says: apply this diff to your copy of my state `old_num` and you have my state `new_num`. It is
-# compressed and cut to the path's size. Assembly keeps the pieces of exactly one instruction: a piece of another one
-# means that the sender has moved on, and so do we. There is no timer and nothing to acknowledge at this level. But an
-# instruction that is sent again word for word may keep its id, so that each try fills the gaps that loss has left.
+# compressed and cut to the path's size. Assembly keeps the pieces of exactly one instruction: a piece of a newer one
+# means that the sender has moved on, and so do we; one of an older one is late, and of use only if it is the whole.
+# There is no timer and nothing to acknowledge at this level. But an instruction that is sent again word for word may
+# keep its id, so that each try fills the gaps that loss has left.
 
 MAX_CHAFF_BYTES = 16  # random padding that blurs the length of what was typed
 _MAX_FRAGMENT_NUM = 0x7FFF
@@ -913,6 +914,9 @@ class FragmentAssembly:
     def add(self, fragment: Fragment) -> Instruction | None:
         """Return the instruction that `fragment` completes, else None. Raises PacketError, dropping what was bad."""
         if fragment.instruction_id != self._id:
+            if self._pieces and fragment.instruction_id < (self._id or 0):
+                whole = fragment.final and fragment.num == 0
+                return Instruction.decode(inflate(fragment.contents)) if whole else None
             self._id = fragment.instruction_id
             self._clear()
         if self._contradicts(fragment):

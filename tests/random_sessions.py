@@ -128,7 +128,7 @@ def doze(sim: Simulation) -> None:
 
 
 def wait_long(sim: Simulation) -> None:
-    sim.run(ms=sim.random.choice((60_000, 600_000)))
+    sim.run(ms=sim.random.choice((60_000, 300_000)))
 
 
 def jump_the_clock(sim: Simulation) -> None:
