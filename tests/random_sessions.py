@@ -164,12 +164,13 @@ def play(seed: int) -> None:
     sim.run(ms=typing_ms)
     sim.run_until(lambda: not sim.client.asleep_until and not sim.server.asleep_until, limit_ms=NAP_MS)
     sim.run_until(lambda: sim.settled and sim.client.screen == sim.server.screen, limit_ms=CONVERGE_LIMIT_MS)
+    # what a server that has moved shows next may wait for that
+    sim.run_until(lambda: _know_each_other(sim), limit_ms=KNOW_LIMIT_MS)
     sim.run(ms=3_500)  # in which nothing that was under way may undo it, though the bar may still come and go
     window = sim.client.terminal.framebuffer
     assert sim.client.screen == sim.server.screen and sim.server.program.received == sim.client.typed
     assert sim.server.sizes[-1] == (window.width, window.height)
     if sim.random.random() < 0.3:
-        sim.run_until(lambda: _know_each_other(sim), limit_ms=KNOW_LIMIT_MS)
         sim.random.choice((sim.client.quit, sim.server.quit))()
         sim.run_until(lambda: sim.ended, limit_ms=3_000)
         assert sim.server.core.transport.clean and sim.client.core.transport.clean
