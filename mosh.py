@@ -537,8 +537,9 @@ LOSS_RUN = 3  # more than this lost in a row is an outage, which says little abo
 
 # Payload sizes: what fits the smallest path worth expecting (1280 bytes), and what to do when even that does not. A
 # path may drop what is too large without a word, so nothing is believed but acks: an instruction that needed large
-# datagrams and is not acknowledged in MTU_TRIES is cut small from then on. Loss may look the same; that costs a few
-# headers until a probe, a heartbeat padded to full size, is acknowledged. One that is lost delays nothing.
+# datagrams is cut small from then on when MTU_TRIES of it, and the time for an ack of the last, have brought none. Loss
+# may look the same; that costs a few headers until a probe, a heartbeat padded to full size, is acknowledged. One that
+# is lost delays nothing.
 MTU_BYTES = {"IPv4": 1280 - 28, "IPv6": 1280 - 64}  # whole datagram behind the UDP header
 FALLBACK_MTU_BYTES = 500
 MTU_TRIES = 2
@@ -624,28 +625,28 @@ class PathMtu:
         self.full_bytes = full_bytes
         self.bytes = full_bytes  # of the largest datagram to send now
         self._large_nums: deque[int] = deque(maxlen=MTU_NUMS)  # states tried in large datagrams, the newest last
-        self._unacked_since = 0  # all of them, and that is long ago
+        self._tried_at = 0  # when the last of MTU_TRIES was made, or an ack came since
         self._probe_num: int | None = None
         self._probe_at: int | None = None
 
     def instruction_sent(self, num: int, largest_bytes: int, now: int) -> None:
         """State `num` is on its way in datagrams of which the largest has `largest_bytes`."""
         if largest_bytes > FALLBACK_MTU_BYTES:
-            if not self._large_nums:
-                self._unacked_since = now
             self._large_nums.append(num)
+            if len(self._large_nums) <= MTU_TRIES:
+                self._tried_at = now
 
     def acknowledged(self, num: int, now: int) -> None:
         """The peer has state `num`."""
         if self._large_nums and num >= self._large_nums[0]:  # no diff of a later state was small without that one
             self._large_nums = deque((other for other in self._large_nums if other > num), maxlen=MTU_NUMS)
-            self._unacked_since = now
+            self._tried_at = now
         if num == self._probe_num:
             self.bytes, self._probe_num, self._probe_at = self.full_bytes, None, None
 
     def update(self, now: int, patience_ms: int) -> None:
         """Fall back if large datagrams have been tried often enough and `patience_ms` has brought no ack."""
-        if len(self._large_nums) >= MTU_TRIES and now - self._unacked_since >= patience_ms:
+        if len(self._large_nums) >= MTU_TRIES and now - self._tried_at >= patience_ms:
             self.shrink()
         if self.bytes < self.full_bytes and self._probe_at is None:
             self._probe_at = now + MTU_PROBE_MS[0]
@@ -779,9 +780,10 @@ def _timestamp(now: int) -> int:
 # == 6. Fragments -- instruction, fragmenter, fragment assembly
 # ======================================================================================================================
 # An instruction says: apply this diff to your copy of my state `old_num` and you have my state `new_num`. It is
-# compressed and cut to the path's size. Assembly keeps the pieces of exactly one instruction: a piece of another one
-# means that the sender has moved on, and so do we. There is no timer and nothing to acknowledge at this level. But an
-# instruction that is sent again word for word may keep its id, so that each try fills the gaps that loss has left.
+# compressed and cut to the path's size. Assembly keeps the pieces of exactly one instruction: a piece of a newer one
+# means that the sender has moved on, and so do we; one of an older one is late, and of use only if it is the whole.
+# There is no timer and nothing to acknowledge at this level. But an instruction that is sent again word for word may
+# keep its id, so that each try fills the gaps that loss has left.
 
 MAX_CHAFF_BYTES = 16  # random padding that blurs the length of what was typed
 FRAGMENT_OVERHEAD_BYTES = DATAGRAM_OVERHEAD_BYTES + FRAGMENT_HEADER.size  # in a datagram, beside the contents
@@ -901,6 +903,9 @@ class FragmentAssembly:
     def add(self, fragment: Fragment) -> Instruction | None:
         """Return the instruction that `fragment` completes, else None. Raises PacketError, dropping what was bad."""
         if fragment.instruction_id != self._id:
+            if self._pieces and fragment.instruction_id < (self._id or 0):
+                whole = fragment.final and fragment.num == 0
+                return Instruction.decode(inflate(fragment.contents)) if whole else None
             self._id = fragment.instruction_id
             self._clear()
         if self._contradicts(fragment):
@@ -954,13 +959,14 @@ class FragmentAssembly:
 # pieces it has, so under steady output none would ever be whole.
 #
 # Repeating. An ack may take an RTO, which covers the way, and ACK_DELAY_MS, which the peer may wait for data to carry
-# it; then what was sent is taken for lost and sent again, and after that once per RTO. Four things change this:
+# it; then what was sent is taken for lost and sent again. From then on, and whatever newer there is to say, it goes at
+# the pace of frames, or once per RTO if it takes that many bytes. Four things change this:
 #
 # - A newer datagram of the peer, an RTO after ours, that does not acknowledge it: ours was lost and goes again at once.
 #   If it says what we know, it was our ack that was lost, and that is said again.
-# - Gaps in the peer's sequence numbers: the path is lossy. Then a small diff goes twice in quick succession and again
-#   after each RTO. At RTT 100 ms with 29 % loss each way a key takes 128 ms to its echo in the mean, 220 with stock's
-#   rules, for 1.3 times the bytes (tests/bench_simulated.py). A third copy makes it 117 ms for 1.8 times the bytes.
+# - Gaps in the peer's sequence numbers: the path is lossy. Then what fits a datagram goes twice in quick succession and
+#   again after an RTO. At RTT 100 ms with 29 % loss each way a key takes 128 ms to its echo in the mean, 220 with
+#   stock's rules, for 1.4 times the bytes (tests/bench_simulated.py). A third copy: 118 ms for 1.8 times the bytes.
 # - A large diff that is not acknowledged though the peer is heard: on a narrow path with a short queue fragments are
 #   lost each time, and always the same ones. Then the state goes by parts, each when the last one is acknowledged.
 #   What a client has typed may not: a stock server aborts when a state holds less than one before. So that is repeated
@@ -988,10 +994,11 @@ assert max(COLLECT_MS.values()) < ACK_DELAY_MS < ACK_INTERVAL_MS
 
 LOSSY_COUNT = 4  # so many of LOSS_WINDOW datagrams lost make a path lossy, and then
 assert LOSS_RUN < LOSSY_COUNT  # one outage does not
-LOSSY_COPIES = 2  # a small diff is sent so often in quick succession,
+LOSSY_COPIES = 2  # an instruction of one datagram is sent so often in quick succession,
+LOSSY_COPY_BYTES = MTU_BYTES["IPv4"]
 LOSSY_COPY_MS = (10, 50)  # after SRTT/8 within these bounds, far enough apart for a burst of losses to pass
-QUICK_DIFF_BYTES = 200  # which diffs are small in this respect: keys, a line of output
-QUICK_RESEND_MS, QUICK_RESEND_LIMIT_MS = 200, 10_000  # how often they go again while no ack comes, and for how long
+QUICK_DIFF_BYTES = 200  # small diffs, keys and a line of output,
+QUICK_RESEND_MS, QUICK_RESEND_LIMIT_MS = 200, 10_000  # go again so often while no ack comes, for so long
 
 PACING_BYTES = 1_000  # debt that is paid off in one frame interval
 FRAME_DEBT_BYTES = 500  # what an instruction costs at least, unless its diff is small
@@ -1116,7 +1123,7 @@ class Sender(Generic[Local]):
         self._unacked_since: int | None = None  # when a change was first sent that no ack has answered in any part
         self._heard_at = now  # when the peer last said something new
         self._resend_now = False  # the peer has been heard, and lacks what it should have by now
-        self._last_diff_bytes = 0
+        self._last_diff_bytes = self._last_bytes = 0  # of the last instruction, and of its datagrams
         self._copies = 0  # how often the last state has been sent
         # what is large
         self.may_step_back = True  # the peer bears a state that holds less than one before
@@ -1191,12 +1198,15 @@ class Sender(Generic[Local]):
             waited_ms = sent_at - (self._unacked_since or sent_at)
             return max(interval, self.patience_ms, min(ACK_INTERVAL_MS, waited_ms // 2))
         lossy = self._arrivals.lost_count >= LOSSY_COUNT
+        copies = LOSSY_COPIES if lossy and self._last_bytes <= LOSSY_COPY_BYTES else 1
+        if self._copies < copies:
+            return clamp(self._round_trip.srtt_ms / 8, LOSSY_COPY_MS)
         if self._last_diff_bytes <= QUICK_DIFF_BYTES:
-            if lossy and self._copies < LOSSY_COPIES:
-                return clamp(self._round_trip.srtt_ms / 8, LOSSY_COPY_MS)
             if self._unacked_since is not None and sent_at - self._unacked_since < QUICK_RESEND_LIMIT_MS:
                 interval = min(interval, QUICK_RESEND_MS)
-        return max(interval, self._round_trip.rto_ms if lossy or self._copies > 1 else self.patience_ms)
+        if self._unacked_since is not None and sent_at - self._unacked_since >= self.patience_ms:
+            return max(interval, min(self._round_trip.rto_ms, interval * self._last_bytes // PACING_BYTES))
+        return max(interval, self._round_trip.rto_ms if lossy else self.patience_ms)
 
     def _assume(self, now: int) -> NumberedState[Local]:
         """Return the newest state in an unbroken run of those sent within a retransmission timeout."""
@@ -1219,7 +1229,7 @@ class Sender(Generic[Local]):
         debt = size if len(diff) <= SMALL_DIFF_BYTES else max(size, FRAME_DEBT_BYTES)
         self._debt_bytes = max(0.0, self._debt_bytes - paid) + debt
         self._debt_at = now
-        self._last_diff_bytes = len(diff)
+        self._last_diff_bytes, self._last_bytes = len(diff), size
 
     def expect_answer(self, now: int) -> None:
         """The peer's user has typed something."""
@@ -4703,13 +4713,13 @@ def prefix_titles(screen: Framebuffer, prefix: str) -> None:
 # Where a client sends when answers stop; see Roaming.
 MAX_CANDIDATES = 8
 ANSWER_MS = 1_000  # an answer to something said is overdue after this and two round trips
-SILENT_MS = 6_500  # and so is any word of the server: it has left out two heartbeats
+SILENT_MS = 6_500  # and so is any word of the server: it has left out two heartbeats; one to ours: after PORT_HOP_MS
 TRIES_MS = (0, 500, 1_500)  # after the start of a search, since the first datagrams on a new network are often lost
 COPY_MS = 2_500  # else the other candidates get copies this seldom, that is, with each heartbeat
 COPY_DATAGRAMS = 8  # of an instruction; one is enough to move the server
 RETRY_MS, RETRY_LIMIT_MS = 200, 60_000  # how soon to try again where the system refuses to send, and for how long
 LOOKUP_MS = (1_000, 60_000)  # from the start of a search to the first look at the name; doubles up to the second
-assert COPY_MS < ACK_INTERVAL_MS and 2 * (ACK_INTERVAL_MS + ACK_DELAY_MS) < SILENT_MS
+assert COPY_MS < ACK_INTERVAL_MS and 2 * (ACK_INTERVAL_MS + ACK_DELAY_MS) < SILENT_MS < PORT_HOP_MS
 
 TYPED_LIMIT_EVENTS = 1 << 20  # typed or pasted but not acknowledged; beyond it the client's shell stops reading
 INPUT_LIMIT_BYTES = 4 << 20  # typed ahead for a program that does not read; a kernel's tty drops keys far earlier
@@ -5029,8 +5039,9 @@ class Roaming:
         if self._awaiting_since is None and sender.current != acked.state:
             self._awaiting_since = now
         self._round_trip = transport.datagrams.round_trip
-        heard_at = transport.datagrams.last_heard_at
-        self._silent_at = None if heard_at is None else heard_at + SILENT_MS
+        heard_at, answered_at = transport.datagrams.last_heard_at, transport.datagrams.last_round_trip_at
+        if heard_at is not None and answered_at is not None:
+            self._silent_at = min(heard_at + SILENT_MS, answered_at + PORT_HOP_MS)
         overdue_at = self._overdue_at()
         if overdue_at is not None and now >= overdue_at:
             self._doubted.add(self.current)

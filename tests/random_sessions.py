@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Callable
 
 import mosh
-from simnet import Machine, Simulation
+from simnet import SERVER_ADDRESS, Machine, Simulation
 
 COUNT = 10_000
 CHUNK = 25  # sessions that a process plays at a time
@@ -25,7 +25,10 @@ FAILURES = 5  # shown in full; of more, only the seeds
 
 CONNECT_LIMIT_MS = 14_000  # after 15 s a client gives up
 CONVERGE_LIMIT_MS = 12_000  # after the link has healed: a port hop, or heartbeats from a place that nobody knows
+NAP_MS = 20_000
+KNOW_LIMIT_MS = 14_000  # a heartbeat tells where the client is; where the server is, that ours are not answered
 SMALL_PATH_BYTES = 600
+SERVER_ADDRESSES = [SERVER_ADDRESS, ("192.0.2.2", 60001)]
 
 LINES = (
     *("ls -l", "title a b", "lines 7", "lines 40", "burst 30", "burst 80", "clear"),
@@ -52,6 +55,11 @@ def paste_noise(sim: Simulation) -> None:
     sim.client.type(bytes(sim.random.choices(range(0x21, 0x7F), k=sim.random.choice((600, 3_000, 20_000)))))
 
 
+def type_into_a_flood(sim: Simulation) -> None:
+    sim.client.type("burst 200\r")
+    sim.client.type(bytes(sim.random.choices(b"abc def\x7f", k=30)), every_ms=100)
+
+
 def repaint(sim: Simulation) -> None:
     sim.client.type("\x0c")
 
@@ -65,6 +73,17 @@ def resize(sim: Simulation) -> None:
 
 def roam(sim: Simulation) -> None:
     sim.client.move_to((f"203.0.113.{sim.random.randint(1, 254)}", sim.random.randint(1024, 60000)))
+
+
+def roam_on_and_on(sim: Simulation) -> None:
+    for _ in range(sim.random.randint(3, 8)):
+        roam(sim)
+        type_letters(sim)
+        sim.run(ms=sim.random.choice((300, 2_000, 5_000)))
+
+
+def move_the_server(sim: Simulation) -> None:
+    sim.server.address = sim.random.choice(SERVER_ADDRESSES)
 
 
 def lose_the_network(sim: Simulation) -> None:
@@ -87,6 +106,7 @@ def change_the_link(sim: Simulation) -> None:
     link.rate_bytes_per_s = rng.choice((0, 0, 125_000, 8_000))
     link.buffer_bytes = rng.choice((2_000, 16_000))
     link.nat_forgets_ms = rng.choice((0, 0, 2_000))
+    link.one_way = rng.choice((None, None, mosh.TO_SERVER, mosh.TO_CLIENT))
 
 
 # -- what happens to the machines
@@ -102,6 +122,15 @@ def sleep(sim: Simulation) -> None:
     sim.run(ms=ms)
 
 
+def doze(sim: Simulation) -> None:
+    """While other things happen, and perhaps both at once."""
+    _either(sim).sleep(sim.random.choice((300, 3_000, NAP_MS)), clock_stops=sim.random.random() < 0.5)
+
+
+def wait_long(sim: Simulation) -> None:
+    sim.run(ms=sim.random.choice((60_000, 300_000)))
+
+
 def jump_the_clock(sim: Simulation) -> None:
     _either(sim).jump_clock(sim.random.choice((10, 1_000, 65_535, 4_000_000)))
 
@@ -109,13 +138,17 @@ def jump_the_clock(sim: Simulation) -> None:
 ACTIONS: tuple[Callable[[Simulation], None], ...] = (
     *(type_a_line, type_a_line, type_a_line, type_letters, type_letters, paste, paste_noise, repaint, resize),
     *(roam, lose_the_network, lose_one_direction, change_the_link, change_the_link, change_the_link),
-    *(sleep, jump_the_clock),
+    *(type_into_a_flood, roam_on_and_on, move_the_server, move_the_server, sleep, doze, jump_the_clock, wait_long),
 )
+
+
+def _know_each_other(sim: Simulation) -> bool:
+    return sim.server.peer in sim.client.addresses and sim.client.core.peers[0] == sim.server.address
 
 
 def play(seed: int) -> None:
     """A user's bad quarter of an hour, shortened; the network is whole again at the end. Raises AssertionError."""
-    sim = Simulation(seed, start_ms=seed * 7_919)
+    sim = Simulation(seed, start_ms=seed * 7_919, candidates=SERVER_ADDRESSES)
     path_mtu_bytes = sim.link.path_mtu_bytes = sim.random.choice((1_500, 1_500, 1_280, SMALL_PATH_BYTES))
     if sim.random.random() < 0.5:
         change_the_link(sim)
@@ -129,13 +162,15 @@ def play(seed: int) -> None:
     sim.link.mtu_bytes, sim.link.path_mtu_bytes = 1_500, path_mtu_bytes
     typing_ms = max(0, sim.client.types_until - sim.now, sim.server.writes_until - sim.now)
     sim.run(ms=typing_ms)
+    sim.run_until(lambda: not sim.client.asleep_until and not sim.server.asleep_until, limit_ms=NAP_MS)
     sim.run_until(lambda: sim.settled and sim.client.screen == sim.server.screen, limit_ms=CONVERGE_LIMIT_MS)
+    # what a server that has moved shows next may wait for that
+    sim.run_until(lambda: _know_each_other(sim), limit_ms=KNOW_LIMIT_MS)
     sim.run(ms=3_500)  # in which nothing that was under way may undo it, though the bar may still come and go
     window = sim.client.terminal.framebuffer
     assert sim.client.screen == sim.server.screen and sim.server.program.received == sim.client.typed
     assert sim.server.sizes[-1] == (window.width, window.height)
     if sim.random.random() < 0.3:
-        sim.run_until(lambda: sim.server.peer in sim.client.addresses, limit_ms=4_000)  # a heartbeat tells it
         sim.random.choice((sim.client.quit, sim.server.quit))()
         sim.run_until(lambda: sim.ended, limit_ms=3_000)
         assert sim.server.core.transport.clean and sim.client.core.transport.clean

@@ -67,6 +67,7 @@ class Link:
         self.silent_until = 0  # nothing sent before this arrives
         self.rate_bytes_per_s = 0  # of each direction; 0: no limit
         self.buffer_bytes = 16_000  # what waits in front of a link with a limit; the rest is lost
+        self.one_way: int | None = None  # the direction that alone suffers from all this but the delay; None: both do
         self.nat_forgets_ms = 0  # after so long without a datagram of the client its public port changes; 0: never
         self._free_at = {mosh.TO_SERVER: 0.0, mosh.TO_CLIENT: 0.0}  # when all that waits has left
         for trouble in (self.blocked, self.refused, self.filtered):
@@ -74,6 +75,10 @@ class Link:
 
     def arrivals(self, direction: int, size: int, now: int, rng: random.Random) -> Iterator[int]:
         """Yield when the copies of a datagram sent now arrive: usually one, but possibly none or two."""
+        if self.one_way not in (None, direction):
+            if now >= self.silent_until and direction not in self.blocked:
+                yield now + self.delay_ms
+            return
         leaves_at = self._leaves_at(direction, size + UDP_HEADERS_BYTES, now)
         copies = 2 if rng.random() < self.duplication else 1
         for _ in range(copies):
@@ -492,7 +497,8 @@ class Invariants:
         self._nonces: set[bytes] = set()
         self._readers = {direction: sim.channel(1 - direction) for direction in self.in_flight}
         self._assemblies = {direction: mosh.FragmentAssembly() for direction in self.in_flight}
-        self._trains = {direction: (0, {0: 0}) for direction in self.in_flight}  # id and sizes of what is being sent
+        # of the instruction being sent: the id and number of the fragment that is next, and the sizes of those before
+        self._trains: dict[int, tuple[tuple[int, int], dict[int, int]]] = dict.fromkeys(self.in_flight, ((0, 0), {}))
         self._largest_bytes = dict.fromkeys(self.in_flight, 0)  # of an instruction so far
         self._last: dict[int, mosh.Instruction] = {}
         self._acked = dict.fromkeys(self.in_flight, 0)  # the newest ack that an end has been given of what it keeps
@@ -514,11 +520,12 @@ class Invariants:
         self.require(nonce not in self._nonces, f"nonce {nonce.hex()} is used twice")
         self._nonces.add(nonce)
         fragment = mosh.Fragment.decode(self._readers[direction].open(datagram)[1][mosh.TIMESTAMPS.size :])
-        instruction_id, sizes = self._trains[direction]
-        if fragment.instruction_id != instruction_id or fragment.num in sizes:  # the first one of a try
-            _, sizes = self._trains[direction] = fragment.instruction_id, {}
+        awaited, sizes = self._trains[direction]
+        if (fragment.instruction_id, fragment.num) != awaited or fragment.num in sizes:  # the first one of a try
+            sizes = {}
             self._acked_before[direction] = self._acked[direction]
         sizes[fragment.num] = len(datagram)
+        self._trains[direction] = (fragment.instruction_id, 0 if fragment.final else fragment.num + 1), sizes
         self._largest_bytes[direction] = max(self._largest_bytes[direction], sum(sizes.values()))
         instruction = self._assemblies[direction].add(fragment)
         if instruction is not None:
@@ -660,13 +667,13 @@ class Simulation:
             for when in self.link.arrivals(end.direction, len(datagram), self.now, self.random):
                 congested = self.random.random() < self.link.congestion
                 self.invariants.in_flight[end.direction] += len(datagram)
-                self.at(when, partial(self._arrive, datagram, source, target, congested))
+                self.at(when, partial(self._arrive, end.direction, datagram, source, target, congested))
 
-    def _arrive(self, datagram: bytes, source: Address, target: Address, congested: bool) -> None:
-        end: End = self.server if target == self.server.address else self.client
-        self.invariants.in_flight[1 - end.direction] -= len(datagram)
+    def _arrive(self, direction: int, datagram: bytes, source: Address, target: Address, congested: bool) -> None:
+        end: End = self.server if direction == mosh.TO_SERVER else self.client
+        self.invariants.in_flight[direction] -= len(datagram)
         filtered = not self.link.filtered.isdisjoint((source, target))
-        if not filtered and (target == self.server.address or target in self.client.addresses):
+        if not filtered and target in ([self.server.address] if end is self.server else self.client.addresses):
             self.deliver(end, datagram, source, congested)
 
     def deliver(self, end: Machine, datagram: bytes, source: Address, congested: bool) -> None:

@@ -408,7 +408,7 @@ def _tried(*nums: int) -> mosh.PathMtu:
 
 @pytest.mark.parametrize(
     ("nums", "now", "falls_back"),
-    [((5,), 10_000, False), ((5, 5), 299, False), ((5, 5), 300, True), ((5, 6), 300, True)],
+    [((5,), 10_000, False), ((5, 5), 399, False), ((5, 5), 400, True), ((5, 6), 400, True), ((5, 6, 7), 400, True)],
 )
 def test_large_datagrams_are_given_up_after_some_tries_and_a_timeout(
     nums: tuple[int, ...], now: int, falls_back: bool

@@ -268,16 +268,23 @@ def test_any_order_and_any_repetition_will_do(size: int, rng: random.Random) -> 
     assert complete and all(instruction.diff == _incompressible(size) for instruction in complete)
 
 
-@pytest.mark.parametrize("other_id", [1, 3], ids=["older", "newer"])
-def test_another_instruction_replaces_an_unfinished_one(other_id: int) -> None:
+def test_a_newer_instruction_replaces_an_unfinished_one() -> None:
     first, middle, last = _relabelled(_cut(1_000), 2)
     assembly = mosh.FragmentAssembly()
     assembly.add(first)
     assembly.add(last)
-    assert assembly.add(_relabelled(_cut(10), other_id)[0]) is not None
+    assert assembly.add(_relabelled(_cut(10), 3)[0]) is not None
     assert assembly.add(middle) is None
-    assert assembly.add(first) is None
-    assert assembly.add(last) is not None
+
+
+def test_what_is_late_of_an_older_instruction_ends_no_assembly_and_is_taken_if_it_is_whole() -> None:
+    first, middle, last = _relabelled(_cut(1_000), 2)
+    assembly = mosh.FragmentAssembly()
+    assembly.add(first)
+    assembly.add(last)
+    assert assembly.add(_relabelled(_cut(10), 1)[0]) is not None
+    assert [assembly.add(late) for late in _relabelled(_cut(1_000), 1)] == [None] * 3
+    assert assembly.add(middle) is not None
 
 
 def _relabelled(fragments: list[mosh.Fragment], instruction_id: int) -> list[mosh.Fragment]:

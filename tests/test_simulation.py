@@ -94,6 +94,16 @@ def test_a_client_keeps_the_candidate_that_answers() -> None:
     assert sim.client.screen == sim.server.screen
 
 
+def test_a_server_that_has_moved_is_found_though_its_heartbeats_still_come() -> None:
+    moved = ("192.0.2.2", 60001)
+    sim = Simulation(1, candidates=[SERVER_ADDRESS, moved])
+    sim.run(ms=5_000)
+    sim.server.address = moved
+    sim.run(ms=14_000)
+    assert sim.client.core.peers == [moved] and sim.server.peer == sim.client.address
+    assert "Last" not in sim.client.seen.text
+
+
 def test_a_packet_that_is_too_big_is_sent_in_smaller_pieces(sim: Simulation) -> None:
     sim.link.mtu_bytes = 600
     sim.client.type("lines 11\r")

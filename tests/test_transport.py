@@ -392,9 +392,28 @@ def test_an_unanswered_keystroke_is_resent_more_and_more_rarely_but_never_given_
     heard = peer.listen(until=60_000)
     assert {each[1:] for each in heard} == {(1, 3, 1, 1, ">a")}
     gaps = _gaps([at for at, *_ in heard])
-    assert gaps[:4] == [150, 50, 50, 50] and gaps[1:] == sorted(gaps[1:]) and gaps[-1] == 3_000
+    assert gaps[:4] == [150, 20, 20, 20] and gaps[1:] == sorted(gaps[1:]) and gaps[-1] == 3_000
     assert max(gap for gap, (at, *_) in zip(gaps, heard[1:]) if at < 14_000) == mosh.QUICK_RESEND_MS
-    assert len(gaps) < 80  # of stock's 500 in the first 10 s alone
+    assert len(gaps) < 85  # of stock's 500 in the first 10 s alone
+
+
+def test_what_is_typed_on_and_on_does_not_put_off_the_repeats_of_what_is_overdue() -> None:
+    """Each key would else be given the time of an ack anew, and the first one go again only with the next."""
+    peer, text, counts = _connected(rtt_ms=100), "", []
+    for at in range(1_000, 1_750, 150):
+        text += "a"
+        peer.transport.set_current(Note(text), now=at)
+        counts.append(len(peer.listen(until=at + 149)))
+    assert counts[:2] == [1, 1] and min(counts[2:]) > 1
+
+
+def test_what_is_overdue_is_repeated_as_often_as_its_size_allows() -> None:
+    noise = random.Random(2)
+    for size, gap in ((1, 50), (1_000, 50), (2_500, 75), (7_000, 100)):
+        peer = _connected(rtt_ms=100)
+        peer.transport.set_current(Note("".join(noise.choices("0123456789abcdef", k=size))), now=1_000)
+        gaps = _gaps([each[0] for each in peer.listen(until=1_400)])
+        assert gaps[:2] == [200, pytest.approx(gap, abs=5)], size
 
 
 def test_what_the_peer_should_know_by_now_and_does_not_is_resent_as_soon_as_it_speaks() -> None:
@@ -489,10 +508,11 @@ def _lossy(rtt_ms: int) -> Peer:
     return peer
 
 
-def test_a_small_diff_goes_twice_on_a_lossy_path_and_a_large_one_once() -> None:
-    for text, copies in (("a", 2), ("a" * 300, 1)):
+def test_what_fits_a_datagram_goes_twice_on_a_lossy_path_and_more_once() -> None:
+    noise = random.Random(2)
+    for size, copies in ((1, 2), (1_000, 2), (3_000, 1)):
         peer = _lossy(rtt_ms=100)
-        peer.transport.set_current(Note(text), now=1_000)
+        peer.transport.set_current(Note("".join(noise.choices("0123456789abcdef", k=size))), now=1_000)
         heard = peer.listen(until=1_090)
         assert len(heard) == copies and len({each[1:] for each in heard}) == 1
         assert copies == 1 or heard[1][0] - heard[0][0] == 13
@@ -597,7 +617,19 @@ def test_large_datagrams_never_acknowledged_are_given_up_for_small_ones() -> Non
     sent = _sizes(peer, until=1_600)
     large = [at for at, sizes in sent if max(sizes) > 600]
     small = [at for at, sizes in sent if max(sizes) <= mosh.FALLBACK_MTU_BYTES]
-    assert len(large) == mosh.MTU_TRIES and small and large[-1] < small[0] <= large[0] + 400
+    assert len(large) == mosh.MTU_TRIES + 1 and small  # the last one while the ack of the others may still come
+    assert large[-1] < small[0] <= large[0] + 400
+
+
+def test_a_large_datagram_that_is_lost_once_makes_none_small() -> None:
+    peer = _connected(rtt_ms=100)
+    peer.transport.set_current(Note(NOISE[:1_000]), now=1_000)
+    (_, num, *_) = peer.listen(until=1_210)[-1][1:]
+    peer.listen(until=1_300)
+    peer.say(1, 2, ack=num)
+    assert peer.transport.datagrams.mtu.bytes == mosh.MTU_BYTES["IPv4"]
+    peer.transport.set_current(Note(NOISE[1_000:2_000]), now=2_000)
+    assert max(size for _, sizes in _sizes(peer, until=2_100) for size in sizes) > 600
 
 
 class Pasted(Growing):
