@@ -4972,6 +4972,7 @@ class Roaming:
         self._port_at: int | None = None  # when the search goes on from another port, in case the old one is blocked
         # what an answer is awaited to
         self._acked_num = 0
+        self._acked_at = now  # when the ack of it came
         self._awaiting_since: int | None = None
         self._round_trip: RoundTrip | None = None
         self._silent_at: int | None = None
@@ -5034,14 +5035,16 @@ class Roaming:
         """Begin to search if an answer is overdue; make `transport` send if it is time to try."""
         sender = transport.sender
         acked = sender.sent[0]
-        if acked.num != self._acked_num or sender.current == acked.state:
-            self._acked_num, self._awaiting_since = acked.num, None
+        if acked.num != self._acked_num:
+            self._acked_num, self._acked_at, self._awaiting_since = acked.num, now, None
+        elif sender.current == acked.state:
+            self._awaiting_since = None
         if self._awaiting_since is None and sender.current != acked.state:
             self._awaiting_since = now
         self._round_trip = transport.datagrams.round_trip
-        heard_at, answered_at = transport.datagrams.last_heard_at, transport.datagrams.last_round_trip_at
-        if heard_at is not None and answered_at is not None:
-            self._silent_at = min(heard_at + SILENT_MS, answered_at + PORT_HOP_MS)
+        heard_at = transport.datagrams.last_heard_at
+        if heard_at is not None:  # when acks come, not what they acknowledge, tells silence from a long way
+            self._silent_at = min(heard_at + SILENT_MS, self._acked_at + PORT_HOP_MS)
         overdue_at = self._overdue_at()
         if overdue_at is not None and now >= overdue_at:
             self._doubted.add(self.current)

@@ -104,6 +104,14 @@ def test_a_server_that_has_moved_is_found_though_its_heartbeats_still_come() -> 
     assert "Last" not in sim.client.seen.text
 
 
+def test_nothing_is_looked_for_where_answers_come_though_from_far_away(sim: Simulation) -> None:
+    sim.link.delay_ms = 4_000
+    sim.run(ms=30_000)
+    before = len(sim.datagrams(mosh.TO_SERVER))
+    sim.run(ms=150_000)
+    assert len(sim.datagrams(mosh.TO_SERVER)) - before <= 150_000 // mosh.ACK_INTERVAL_MS + 1
+
+
 def test_a_packet_that_is_too_big_is_sent_in_smaller_pieces(sim: Simulation) -> None:
     sim.link.mtu_bytes = 600
     sim.client.type("lines 11\r")
