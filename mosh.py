@@ -892,7 +892,7 @@ class FragmentAssembly:
     """Collects the fragments of the instruction being received."""
 
     def __init__(self) -> None:
-        self._id: int | None = None
+        self._id = 0
         self._clear()
 
     def _clear(self) -> None:
@@ -903,7 +903,7 @@ class FragmentAssembly:
     def add(self, fragment: Fragment) -> Instruction | None:
         """Return the instruction that `fragment` completes, else None. Raises PacketError, dropping what was bad."""
         if fragment.instruction_id != self._id:
-            if self._pieces and fragment.instruction_id < (self._id or 0):
+            if self._pieces and 0 < self._id - fragment.instruction_id < REPLAY_WINDOW:  # none comes later
                 whole = fragment.final and fragment.num == 0
                 return Instruction.decode(inflate(fragment.contents)) if whole else None
             self._id = fragment.instruction_id

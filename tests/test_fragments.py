@@ -287,6 +287,14 @@ def test_what_is_late_of_an_older_instruction_ends_no_assembly_and_is_taken_if_i
     assert assembly.add(middle) is not None
 
 
+@pytest.mark.parametrize("first_id", [1 + mosh.REPLAY_WINDOW, 2**64 - 1])
+def test_what_is_older_than_any_datagram_can_be_late_begins_an_assembly(first_id: int) -> None:
+    """Or a peer whose ids do not count up could never say anything long again."""
+    assembly = mosh.FragmentAssembly()
+    assembly.add(_relabelled(_cut(1_000), first_id)[0])
+    assert [assembly.add(fragment) is not None for fragment in _relabelled(_cut(1_000), 1)] == [False, False, True]
+
+
 def _relabelled(fragments: list[mosh.Fragment], instruction_id: int) -> list[mosh.Fragment]:
     return [mosh.Fragment(instruction_id, each.num, each.final, each.contents) for each in fragments]
 
