@@ -4035,8 +4035,9 @@ class CursorKeyFilter:
 #
 # These rules go beyond stock's:
 #
-#   - An epoch also ends when the program moves the cursor though no key is under way: what it has echoed before says
-#     nothing about the prompt that it has written since, which may be for a password. And an asterisk proves nothing.
+#   - An epoch also ends when the program moves the cursor though no key is under way, or to a row to which no key has
+#     led: what it has echoed before says nothing about the prompt that it has written since, which may be for a
+#     password. And an asterisk proves nothing.
 #   - When a prediction was wrong, the keys that are still under way are predicted anew, hidden, from what the screen
 #     shows then. Stock forgets them and expects the next key where the cursor is without them, which is wrong again for
 #     as long as the user types on, and seems right when two letters are the same.
@@ -4273,6 +4274,8 @@ class PredictionEngine:
             self._drop_predictions()
             self._predict_again(screen)
         self._cull_pushed(screen)
+        if self.cursors and self.cursors[-1].row != screen.cursor_row and self.epoch <= self.confirmed_epoch:
+            self._become_tentative()  # security: no echo has led to that row, but it may be where a prompt is
 
     def _cull_cursors(self, screen: Framebuffer) -> bool:
         """Judge the cursors. Returns False if the last one was wrong."""

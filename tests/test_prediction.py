@@ -450,6 +450,26 @@ def test_a_password_is_not_shown_either_where_a_key_was_echoed_before_the_prompt
         assert vectors.shown(driver.shown) == before
 
 
+@pytest.mark.parametrize("mode", ["adaptive", "always"])
+def test_a_password_is_not_shown_either_where_the_echo_ack_is_late(mode: str) -> None:
+    """The prompt has come with the echo of the key before, and what says so of the key has been lost."""
+    driver = _typing_at_a_prompt(mode, 100)
+    for num, echoed in enumerate((b"a", b"y"), start=1):
+        driver.type(echoed)
+        driver.observe(last_sent_num=num)
+        driver.remote.feed(echoed)
+        driver.observe(echo_ack=1)
+        driver.draw()
+    driver.remote.feed(b"\r\nPassword: ")
+    driver.draw()
+    before = driver.shown.lines()
+    for num, key in enumerate(b"secret", start=3):
+        driver.type(bytes([key]))
+        driver.observe(last_sent_num=num)
+        driver.draw()
+        assert driver.shown.lines() == before
+
+
 @pytest.mark.parametrize("under_way", [0, 1, 3])
 @pytest.mark.parametrize("password", ["s3*cret", "*s3cret", "s**cret", "***"])
 def test_a_password_is_not_shown_where_a_mask_is_shown_for_it(password: str, under_way: int) -> None:
