@@ -4030,8 +4030,8 @@ class CursorKeyFilter:
 # Predictions come in epochs. A new epoch starts hidden ("tentative") whenever the program may do something else than
 # echo: after Return, a control key, an escape sequence, a step beyond the edge. The first prediction of an epoch that
 # is confirmed makes the epoch and all that was predicted in it visible. So a password, never echoed, is never shown,
-# and a full-screen program costs at most one round trip before its typing is instant too. One visible prediction that
-# is wrong drops everything.
+# and a full-screen program costs at most one round trip before its typing is instant too. One prediction that is wrong,
+# seen or not, drops everything.
 #
 # These rules go beyond stock's:
 #
