@@ -4065,7 +4065,7 @@ if TYPE_CHECKING:
 # A user who types on while the network is down would be remembered key by key; only the newest count for anything.
 OLDS_LIMIT = 64  # former contents of a cell
 CURSORS_LIMIT = 256  # predicted cursors, one per epoch
-KEYS_LIMIT = 128  # keys under way that may be predicted anew
+KEYS_LIMIT = 64  # keys under way that may be predicted anew
 
 
 class PredictionMode(Enum):
