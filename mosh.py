@@ -5246,6 +5246,12 @@ class ClientCore:
         self._cut_off_reply = data[end:]
         return data[:end]
 
+    def _take_late_keys(self, now: int) -> None:
+        """Take for keys what has turned out to be no beginning of the terminal's answer."""
+        if self._keys_at is not None and now >= self._keys_at:
+            keys, self._cut_off_reply, self._keys_at = self._cut_off_reply, b"", None
+            self._take_keys(keys, now)
+
     def resize(self, width: int, height: int, now: int) -> None:
         """The user's window has a new size; each is brought to at least 1."""
         self._push((Resize(max(1, width), max(1, height)),), now)
@@ -5300,9 +5306,7 @@ class ClientCore:
 
     def datagrams_to_send(self, now: int) -> list[bytes]:
         """Return the datagrams that are due, for the first address in `peers`; others get COPY_DATAGRAMS of them."""
-        if self._keys_at is not None and now >= self._keys_at:
-            keys, self._cut_off_reply, self._keys_at = self._cut_off_reply, b"", None
-            self._take_keys(keys, now)
+        self._take_late_keys(now)
         self._update_notices(now)
         self.roaming.update(self.transport, now)
         datagrams = self.transport.datagrams_to_send(now)
@@ -5320,6 +5324,7 @@ class ClientCore:
 
     def frame_to_draw(self, now: int) -> bytes:
         """Return what to write to the user's terminal, empty if it is up to date."""
+        self._take_late_keys(now)
         self._update_notices(now)
         self.engine.cull(self.screen, now)
         self._drawn_at = now
@@ -6642,8 +6647,9 @@ def serve(options: ServerOptions) -> int:
         except OSError:
             os.kill(pid, signal.SIGKILL)  # nobody knows how to reach it
             raise
-        print(f"\nmosh-server (mosh.py {__version__})\n\n[mosh-server detached, pid = {pid}]", file=sys.stderr)
-        sys.stderr.flush()
+        with contextlib.suppress(OSError):  # the session is there all the same
+            print(f"\nmosh-server (mosh.py {__version__})\n\n[mosh-server detached, pid = {pid}]", file=sys.stderr)
+            sys.stderr.flush()
         os._exit(0)  # everything is written, and taking the interpreter down in good order takes 3 ms
     _detach(keep_output=options.verbose > 0)
     forbid_tracing()  # before the program's process is forked, which has the key in its memory until it execs
@@ -7142,7 +7148,8 @@ class Client:
 
     def _suspend(self) -> None:
         arrived = self._terminal.leave(self._signals, b"\r\n\x1b[37;44m[mosh is suspended.]\x1b[m\r\n")
-        os.kill(0, signal.SIGSTOP)  # the whole job, so that the shell notices
+        if not arrived & _ENDING_SIGNALS:  # who is told to end has no shell, perhaps, that would let it go on
+            os.kill(0, signal.SIGSTOP)  # the whole job, so that the shell notices
         arrived |= {signal.SIGCONT, *self._signals.take()}
         self._follow_window(arrived, monotonic_ms())
         self._end_on(arrived, monotonic_ms())
@@ -7601,7 +7608,9 @@ class Announcement:
     def address(self) -> str:
         """Where the login got to, empty if unknown: what the host saw counts unless our own proxy knows better."""
         words = self.said["ADDRESS"][1].split() if "ADDRESS" in self.said else []
-        return self.proxy_address or (words[2] if len(words) == 4 else "")
+        # An sshd on a pipe says UNKNOWN, which is no name to look up.
+        known = len(words) == 4 and numeric_addresses(words[2], 0, socket.AF_UNSPEC)
+        return self.proxy_address or (words[2] if known else "")
 
     @property
     def complete(self) -> bool:
@@ -7899,6 +7908,7 @@ class Login:
         """Say why there is no session. Always raises BootstrapError."""
         host, said = self._options.host, self.announcement.said
         if self._options.local:
+            status = status if status >= 0 else 128 - status  # of a signal, as a shell has it
             raise BootstrapError(f"the server on this machine did not start (exit status {status})", status or 1)
         if "NOSERVER" in said and self._program is None:
             program = os.path.basename(own_program()[-1])

@@ -46,6 +46,7 @@ LIMIT_SECONDS = 20.0
 NOTICE_SECONDS = 12.0                   # silence is told after 6.5; stock looks only when it has something else to do
 RECOVERY_SECONDS = 45.0                 # the server may find out only at a heartbeat or a port hop
 QUIT = b"\x1e."
+SUSPEND = b"\x1e\x1a"
 STORM = 200
 BUSY_SHARE = 0.25       # of a processor: a loop that spins takes all of it, one that waits a hundredth
 
@@ -530,6 +531,17 @@ def test_a_client_that_waits_for_its_terminal_can_be_told_to_end(home: Path) -> 
         assert (session.outcome.end, session.outcome.wrong) == ("exit 0", [])
 
 
+def test_a_client_that_waits_for_its_terminal_before_it_suspends_can_be_told_to_end(home: Path) -> None:
+    """It does not stop then: it would neither end nor be seen to have stopped where its shell has gone, too."""
+    with opened(home, command=TALKING_RECORDER) as session:
+        pause(session)
+        session.client.type(SUSPEND)
+        session.look()
+        session.client.send_signal(signal.SIGTERM)
+        session.see_end()
+        assert (session.outcome.end, session.outcome.wrong) == ("exit 0", [])
+
+
 # -- signals and pauses ----------------------------------------------------------------------------------------
 
 
@@ -586,7 +598,7 @@ def test_a_stopped_client_goes_on_where_it_was(faults: Faults) -> None:
 
 def suspend(session: Session) -> None:
     """Press the keys that suspend the client, and wait until it has stopped."""
-    session.client.type(b"\x1e\x1a")
+    session.client.type(SUSPEND)
     status = Path(f"/proc/{session.client.pid}/status")
     peers.wait_until(lambda: "State:\tT" in status.read_text(), LIMIT_SECONDS, "the client to stop")
 
@@ -665,9 +677,10 @@ def test_a_full_disk_under_the_log_is_survived(faults: Faults) -> None:
             _echo_from(peers.Server(port=int(connect[1]), key=connect[2], pid=pid))
             peers.end_process(pid)
         assert_nothing_is_left(home)
-        return Outcome(notes=["serves"])
+        return Outcome(f"exit {login.returncode}", notes=["serves"])
 
-    faults.record("server: disk full under its log (-v)", play, [0])
+    (outcome,) = faults.record("server: disk full under its log (-v)", play, [0])
+    assert outcome.end == "exit 0"
 
 
 def _echo_from(server: peers.Server) -> None:
