@@ -6776,10 +6776,13 @@ class RawTerminal:
 
         Descriptor 1 itself must go on to block, since other programs write to it, too.
         """
-        try:
-            return os.open(os.ttyname(1), os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK)
-        except OSError:  # a pipe, or the terminal of another user
-            return 1
+        flags = os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK
+        with contextlib.suppress(OSError):  # a pipe, or the terminal of another user, as after su
+            return os.open(os.ttyname(1), flags)
+        with contextlib.suppress(OSError):
+            os.tcgetpgrp(1)  # it is our controlling terminal, if any, and that everybody may open
+            return os.open("/dev/tty", flags)
+        return 1
 
     def __enter__(self) -> RawTerminal:
         self.enter()

@@ -55,6 +55,11 @@ RECORDER = ("sh", "-c", "stty -icanon -echo; echo $$ >pid; exec tee typed")
 TALKING_RECORDER = ("sh", "-c", "stty -icanon -echo; (while :; do echo tick; sleep 0.1; done) & exec tee typed")
 # Runs a client on its terminal as on a controlling one.
 CONTROLLED = ("sh", "-c", 'exec "$@" <>"$(tty)" >&0 2>&1', "sh")
+# And it may not open that by its name, as after su.
+OF_ANOTHER_USER = (
+    "sh", "-c", 't=$(tty); exec <>"$t" >&0 2>&1; chmod 0 "$t"; exec "$@"', "sh",
+    *(("setpriv", "--bounding-set=-dac_override,-dac_read_search") if os.geteuid() == 0 else ()),
+)  # fmt: skip
 # Runs a program with so many descriptors.
 LIMITED = ("sh", "-c", 'ulimit -n "$0" && exec "$@"')
 
@@ -486,7 +491,8 @@ def pause(session: Session) -> None:
     session.look()
 
 
-def test_a_paused_terminal_does_not_pause_the_session(faults: Faults) -> None:
+@pytest.mark.parametrize(("prefix", "whose"), [((), "its"), (OF_ANOTHER_USER, "another user's")])
+def test_a_paused_terminal_does_not_pause_the_session(faults: Faults, prefix: tuple[str, ...], whose: str) -> None:
     def story(session: Session) -> None:
         pause(session)
         mark = session.press()
@@ -496,7 +502,7 @@ def test_a_paused_terminal_does_not_pause_the_session(faults: Faults) -> None:
         session.recover()
         session.quit()
 
-    (outcome,) = faults.play("client: its terminal is paused", story, command=TALKING_RECORDER)
+    (outcome,) = faults.play(f"client: {whose} terminal is paused", story, command=TALKING_RECORDER, prefix=prefix)
     assert outcome.end == "exit 0"
 
 
