@@ -6842,7 +6842,12 @@ class RawTerminal:
         """Write as much of the rest as it takes now."""
         try:
             while self._unwritten:
-                del self._unwritten[: os.write(self._descriptor, self._unwritten)]
+                most = len(self._unwritten)
+                if self._descriptor == 1:  # a write that finds room for less would wait
+                    most = select.PIPE_BUF
+                    if not wait((), (1,), 0):
+                        return
+                del self._unwritten[: os.write(self._descriptor, self._unwritten[:most])]
         except BlockingIOError:
             return
         except OSError:  # it has gone; reading from it will say so
