@@ -5252,6 +5252,12 @@ class ClientCore:
         self._cut_off_reply = data[end:]
         return data[:end]
 
+    def _take_late_keys(self, now: int) -> None:
+        """Take for keys what has turned out to be no beginning of the terminal's answer."""
+        if self._keys_at is not None and now >= self._keys_at:
+            keys, self._cut_off_reply, self._keys_at = self._cut_off_reply, b"", None
+            self._take_keys(keys, now)
+
     def resize(self, width: int, height: int, now: int) -> None:
         """The user's window has a new size; each is brought to at least 1."""
         self._push((Resize(max(1, width), max(1, height)),), now)
@@ -5306,9 +5312,7 @@ class ClientCore:
 
     def datagrams_to_send(self, now: int) -> list[bytes]:
         """Return the datagrams that are due, for the first address in `peers`; others get COPY_DATAGRAMS of them."""
-        if self._keys_at is not None and now >= self._keys_at:
-            keys, self._cut_off_reply, self._keys_at = self._cut_off_reply, b"", None
-            self._take_keys(keys, now)
+        self._take_late_keys(now)
         self._update_notices(now)
         self.roaming.update(self.transport, now)
         datagrams = self.transport.datagrams_to_send(now)
@@ -5326,6 +5330,7 @@ class ClientCore:
 
     def frame_to_draw(self, now: int) -> bytes:
         """Return what to write to the user's terminal, empty if it is up to date."""
+        self._take_late_keys(now)
         self._update_notices(now)
         self.engine.cull(self.screen, now)
         self._drawn_at = now
@@ -6648,8 +6653,9 @@ def serve(options: ServerOptions) -> int:
         except OSError:
             os.kill(pid, signal.SIGKILL)  # nobody knows how to reach it
             raise
-        print(f"\nmosh-server (mosh.py {__version__})\n\n[mosh-server detached, pid = {pid}]", file=sys.stderr)
-        sys.stderr.flush()
+        with contextlib.suppress(OSError):  # the session is there all the same
+            print(f"\nmosh-server (mosh.py {__version__})\n\n[mosh-server detached, pid = {pid}]", file=sys.stderr)
+            sys.stderr.flush()
         os._exit(0)  # everything is written, and taking the interpreter down in good order takes 3 ms
     _detach(keep_output=options.verbose > 0)
     forbid_tracing()  # before the program's process is forked, which has the key in its memory until it execs
@@ -6776,10 +6782,13 @@ class RawTerminal:
 
         Descriptor 1 itself must go on to block, since other programs write to it, too.
         """
-        try:
-            return os.open(os.ttyname(1), os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK)
-        except OSError:  # a pipe, or the terminal of another user
-            return 1
+        flags = os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK
+        with contextlib.suppress(OSError):  # a pipe, or the terminal of another user, as after su
+            return os.open(os.ttyname(1), flags)
+        with contextlib.suppress(OSError):
+            os.tcgetpgrp(1)  # it is our controlling terminal, if any, and that everybody may open
+            return os.open("/dev/tty", flags)
+        return 1
 
     def __enter__(self) -> RawTerminal:
         self.enter()
@@ -6839,7 +6848,12 @@ class RawTerminal:
         """Write as much of the rest as it takes now."""
         try:
             while self._unwritten:
-                del self._unwritten[: os.write(self._descriptor, self._unwritten)]
+                most = len(self._unwritten)
+                if self._descriptor == 1:  # a write that finds room for less would wait
+                    most = select.PIPE_BUF
+                    if not wait((), (1,), 0):
+                        return
+                del self._unwritten[: os.write(self._descriptor, self._unwritten[:most])]
         except BlockingIOError:
             return
         except OSError:  # it has gone; reading from it will say so
@@ -7148,7 +7162,8 @@ class Client:
 
     def _suspend(self) -> None:
         arrived = self._terminal.leave(self._signals, b"\r\n\x1b[37;44m[mosh is suspended.]\x1b[m\r\n")
-        os.kill(0, signal.SIGSTOP)  # the whole job, so that the shell notices
+        if not arrived & _ENDING_SIGNALS:  # who is told to end has no shell, perhaps, that would let it go on
+            os.kill(0, signal.SIGSTOP)  # the whole job, so that the shell notices
         arrived |= {signal.SIGCONT, *self._signals.take()}
         self._follow_window(arrived, monotonic_ms())
         self._end_on(arrived, monotonic_ms())
@@ -7607,7 +7622,9 @@ class Announcement:
     def address(self) -> str:
         """Where the login got to, empty if unknown: what the host saw counts unless our own proxy knows better."""
         words = self.said["ADDRESS"][1].split() if "ADDRESS" in self.said else []
-        return self.proxy_address or (words[2] if len(words) == 4 else "")
+        # An sshd on a pipe says UNKNOWN, which is no name to look up.
+        known = len(words) == 4 and numeric_addresses(words[2], 0, socket.AF_UNSPEC)
+        return self.proxy_address or (words[2] if known else "")
 
     @property
     def complete(self) -> bool:
@@ -7905,6 +7922,7 @@ class Login:
         """Say why there is no session. Always raises BootstrapError."""
         host, said = self._options.host, self.announcement.said
         if self._options.local:
+            status = status if status >= 0 else 128 - status  # of a signal, as a shell has it
             raise BootstrapError(f"the server on this machine did not start (exit status {status})", status or 1)
         if "NOSERVER" in said and self._program is None:
             program = os.path.basename(own_program()[-1])

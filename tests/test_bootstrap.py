@@ -133,7 +133,7 @@ def test_a_key_in_a_line_that_is_not_quite_ours_is_not_shown(
     assert KEY[:12] not in str(error.value) + "".join(capfd.readouterr())
 
 
-@pytest.mark.parametrize("words", ["UNKNOWN", "a b c", "a b c d e"])
+@pytest.mark.parametrize("words", ["UNKNOWN", "UNKNOWN 65535 UNKNOWN 65535", "a b c", "a b c d e"])
 def test_what_a_host_says_of_its_address_may_be_of_no_use(words: str) -> None:
     announcement = mosh.Announcement(TOKEN)
     assert announcement.take(f"{TOKEN} ADDRESS {words}") and announcement.address == ""
@@ -789,6 +789,17 @@ def test_a_local_server_needs_an_address_of_this_machine() -> None:
     with pytest.raises(mosh.BootstrapError, match=r"^192\.0\.2\.1 is no address of this machine"):
         mosh.Login(options, 256).start()
     assert mosh.is_here(mosh.resolve("127.0.0.1", 60001, "inet")[0])
+
+
+def test_a_local_server_that_a_signal_ends_gives_the_status_of_a_shell() -> None:
+    login = mosh.Login(_login(local=True, host="127.0.0.1", server="kill -KILL $$;"), 256)
+    login.start()
+    try:
+        with pytest.raises(mosh.BootstrapError, match=r"exit status 137") as error:
+            login.finish()
+    finally:
+        login.close()
+    assert error.value.status == 137
 
 
 def test_an_error_that_quotes_the_host_is_printable(capsys: pytest.CaptureFixture[str]) -> None:

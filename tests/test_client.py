@@ -7,6 +7,7 @@ import errno
 import os
 import pty
 import random
+import select
 import signal
 import socket
 import subprocess
@@ -426,6 +427,27 @@ def test_a_session_whose_output_goes_through_a_pipe(home: Path) -> None:
         assert client.wait() == 0
         assert client.modes() == client.modes_before
     assert mosh._CLOSE_SEQUENCES in client.output and client.output.rstrip().endswith(EXITING)
+
+
+def test_a_client_whose_output_nobody_reads_can_be_told_to_end(home: Path) -> None:
+    """It does not wait inside a write, even where the descriptor would: a pipe that is full."""
+    pipe = home / "pipe"
+    os.mkfifo(pipe)
+    full = os.open(pipe, os.O_RDWR | os.O_NONBLOCK)
+    try:
+        with contextlib.suppress(BlockingIOError):
+            while os.write(full, bytes(select.PIPE_BUF)):
+                pass
+        with running_server("ours", session_env(home), command=("cat",)) as server, on_a_terminal(
+            ["sh", "-c", 'exec "$@" >"$0"', str(pipe), *peers.client_command("ours", server.port)],
+            _environ(home, server.key),
+        ) as client:
+            peers.wait_until(lambda: client.modes() != client.modes_before, LIMIT_SECONDS, "the raw mode")
+            client.send_signal(signal.SIGTERM)
+            client.wait()
+            assert client.modes() == client.modes_before
+    finally:
+        os.close(full)
 
 
 def test_quitting_before_any_answer_says_what_to_check(home: Path) -> None:

@@ -322,6 +322,14 @@ def test_the_beginning_of_an_answer_alone_is_a_key_and_goes_out_soon(key: bytes)
     assert _pressed(client) == key + b"x"
 
 
+def test_an_escape_key_that_waited_is_drawn_at_once_where_it_starts_a_command() -> None:
+    client = _client(setting=b"\x1b")
+    client.frame_to_draw(now=10)
+    client.receive_keys(b"\x1b", now=10)
+    client.frame_to_draw(now=10)
+    assert b"Commands" in client.frame_to_draw(now=10 + mosh._ESCAPE_KEY_MS)
+
+
 def test_an_escape_key_that_waits_when_the_session_is_ended_is_not_typed() -> None:
     client = _client()
     client.receive_keys(b"a\x1b", now=10)

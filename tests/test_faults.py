@@ -46,6 +46,7 @@ LIMIT_SECONDS = 20.0
 NOTICE_SECONDS = 12.0                   # silence is told after 6.5; stock looks only when it has something else to do
 RECOVERY_SECONDS = 45.0                 # the server may find out only at a heartbeat or a port hop
 QUIT = b"\x1e."
+SUSPEND = b"\x1e\x1a"
 STORM = 200
 BUSY_SHARE = 0.25       # of a processor: a loop that spins takes all of it, one that waits a hundredth
 
@@ -54,6 +55,11 @@ RECORDER = ("sh", "-c", "stty -icanon -echo; echo $$ >pid; exec tee typed")
 TALKING_RECORDER = ("sh", "-c", "stty -icanon -echo; (while :; do echo tick; sleep 0.1; done) & exec tee typed")
 # Runs a client on its terminal as on a controlling one.
 CONTROLLED = ("sh", "-c", 'exec "$@" <>"$(tty)" >&0 2>&1', "sh")
+# And it may not open that by its name, as after su.
+OF_ANOTHER_USER = (
+    "sh", "-c", 't=$(tty); exec <>"$t" >&0 2>&1; chmod 0 "$t"; exec "$@"', "sh",
+    *(("setpriv", "--bounding-set=-dac_override,-dac_read_search") if os.geteuid() == 0 else ()),
+)  # fmt: skip
 # Runs a program with so many descriptors.
 LIMITED = ("sh", "-c", 'ulimit -n "$0" && exec "$@"')
 
@@ -485,7 +491,8 @@ def pause(session: Session) -> None:
     session.look()
 
 
-def test_a_paused_terminal_does_not_pause_the_session(faults: Faults) -> None:
+@pytest.mark.parametrize(("prefix", "whose"), [((), "its"), (OF_ANOTHER_USER, "another user's")])
+def test_a_paused_terminal_does_not_pause_the_session(faults: Faults, prefix: tuple[str, ...], whose: str) -> None:
     def story(session: Session) -> None:
         pause(session)
         mark = session.press()
@@ -495,7 +502,7 @@ def test_a_paused_terminal_does_not_pause_the_session(faults: Faults) -> None:
         session.recover()
         session.quit()
 
-    (outcome,) = faults.play("client: its terminal is paused", story, command=TALKING_RECORDER)
+    (outcome,) = faults.play(f"client: {whose} terminal is paused", story, command=TALKING_RECORDER, prefix=prefix)
     assert outcome.end == "exit 0"
 
 
@@ -525,6 +532,17 @@ def test_a_client_that_waits_for_its_terminal_can_be_told_to_end(home: Path) -> 
         pause(session)
         session.client.type(QUIT)
         session.wait_for_processes(lambda: not session.server.alive(), "server stays")
+        session.client.send_signal(signal.SIGTERM)
+        session.see_end()
+        assert (session.outcome.end, session.outcome.wrong) == ("exit 0", [])
+
+
+def test_a_client_that_waits_for_its_terminal_before_it_suspends_can_be_told_to_end(home: Path) -> None:
+    """It does not stop then: it would neither end nor be seen to have stopped where its shell has gone, too."""
+    with opened(home, command=TALKING_RECORDER) as session:
+        pause(session)
+        session.client.type(SUSPEND)
+        session.look()
         session.client.send_signal(signal.SIGTERM)
         session.see_end()
         assert (session.outcome.end, session.outcome.wrong) == ("exit 0", [])
@@ -586,7 +604,7 @@ def test_a_stopped_client_goes_on_where_it_was(faults: Faults) -> None:
 
 def suspend(session: Session) -> None:
     """Press the keys that suspend the client, and wait until it has stopped."""
-    session.client.type(b"\x1e\x1a")
+    session.client.type(SUSPEND)
     status = Path(f"/proc/{session.client.pid}/status")
     peers.wait_until(lambda: "State:\tT" in status.read_text(), LIMIT_SECONDS, "the client to stop")
 
@@ -665,9 +683,10 @@ def test_a_full_disk_under_the_log_is_survived(faults: Faults) -> None:
             _echo_from(peers.Server(port=int(connect[1]), key=connect[2], pid=pid))
             peers.end_process(pid)
         assert_nothing_is_left(home)
-        return Outcome(notes=["serves"])
+        return Outcome(f"exit {login.returncode}", notes=["serves"])
 
-    faults.record("server: disk full under its log (-v)", play, [0])
+    (outcome,) = faults.record("server: disk full under its log (-v)", play, [0])
+    assert outcome.end == "exit 0"
 
 
 def _echo_from(server: peers.Server) -> None:
