@@ -4056,6 +4056,7 @@ BULK_READ_BYTES = 100  # a longer read is a paste, for which nothing is predicte
 
 NEVER = LAST_STATE_NUM  # as an epoch or a state number: not before the end of time
 _BLANKS = ("", " ", "\xa0")
+_BLANK_CODES = NUL + " \xa0"
 _MASKS = ("*", "\u2022", "\u25cf")  # what is shown for any letter of a password
 
 CodePair = tuple[str, str]  # a cell as (text, attrs) code points
@@ -4162,6 +4163,7 @@ class PredictionEngine:
         self.cursors: list[CursorPrediction] = []  # the last one is where the next key goes
         self._settled_at = (0, 0, "")  # where the last one came true; see `_place`
         self._pushed_end = NEVER  # the column from which on typing moves nothing, as has been seen in this epoch
+        self._searched: Framebuffer | None = None  # the screen in which it was looked for last
         self._keys: list[_Key] = []  # the newest
         self.rows: dict[int, list[CellPrediction]] = {}
         self._live_rows: set[int] = set()  # those that may hold an active cell
@@ -4234,7 +4236,7 @@ class PredictionEngine:
         self._become_tentative()
 
     def _become_tentative(self) -> None:
-        self._pushed_end = NEVER
+        self._pushed_end, self._searched = NEVER, None
         if self.mode is not PredictionMode.EXPERIMENTAL:
             self.epoch += 1
 
@@ -4289,8 +4291,9 @@ class PredictionEngine:
 
     def _cull_pushed(self, screen: Framebuffer) -> None:
         """Give up what was predicted to be pushed on from where the screen shows that it stays."""
-        if self.overwrite or not self.cursors or self.cursors[-1].row != screen.cursor_row:
+        if self.overwrite or not self.cursors or self.cursors[-1].row != screen.cursor_row or screen is self._searched:
             return
+        self._searched = screen
         row, col = self.cursors[-1].row, self.cursors[-1].col
         keys = [typed for _, typed, expires, _ in self._keys if expires > self._echo_ack]
         # The screen may show some of the keys under way; if all are letters and backspaces, its own cursor tells which.
@@ -4371,28 +4374,50 @@ class PredictionEngine:
 
     # -- showing
 
+    @property
+    def _shows(self) -> bool:
+        if self.mode is PredictionMode.ADAPTIVE:
+            return self.shows_slow_link or self.glitch > 0
+        return self.mode is not PredictionMode.NEVER
+
     def apply(self, screen: Framebuffer) -> None:
         """Draw the predictions that may be seen on `screen`, a copy of the server's."""
-        if self.mode is PredictionMode.NEVER:
-            return
-        if self.mode is PredictionMode.ADAPTIVE and not (self.shows_slow_link or self.glitch):
+        if not self._shows:
             return
         for cursor in self.cursors:
             if cursor.until <= self.confirmed_epoch and cursor.row < screen.height and cursor.col < screen.width:
                 screen.cursor_row, screen.cursor_col = cursor.row, cursor.col
         for row in self._live_rows:
-            cells = zip(self.rows[row], screen.codes_of(row) if row < screen.height else ())
-            for col, (cell, there) in enumerate(cells):
-                if cell.active and cell.until <= self.confirmed_epoch and (cell.unknown or cell.new != there):
-                    self._apply_cell(cell, there, row, col, screen)
+            if row < screen.height:
+                self._apply_row(row, screen)
 
-    def _apply_cell(self, cell: CellPrediction, there: CodePair, row: int, col: int, screen: Framebuffer) -> None:
-        underline = self.underlines and not (self._is_blank(there) and self._is_blank(cell.new))
-        if not cell.unknown:
-            text, attr = cell.new
-            screen.set_code(row, col, text, self._underlined(attr) if underline else attr)
-        elif underline and col != screen.width - 1:
-            screen.set_code(row, col, there[0], self._underlined(there[1]))
+    def _apply_row(self, row: int, screen: Framebuffer) -> None:
+        shown = screen.codes_of(row)
+        predicted = shown[:]
+        for col, (cell, there) in enumerate(zip(self.rows[row], shown)):
+            if cell.active and cell.until <= self.confirmed_epoch and (cell.unknown or cell.new != there):
+                text, attr = new = there if cell.unknown else cell.new
+                if self.underlines and not (self._is_blank(there) and self._is_blank(cell.new)):
+                    if not cell.unknown or col != screen.width - 1:
+                        new = text, self._underlined(attr)
+                predicted[col] = new
+        if predicted != shown:
+            screen.set_code(row, 0, *map("".join, zip(*predicted)))
+
+    def next_letter(self, screen: Framebuffer) -> str | None:
+        """Return in which attributes a letter will be seen at the cursor if one is typed next; None: it is not certain.
+
+        `screen` is the newest, culled and with predictions.
+        """
+        if not self._shows or self.epoch > self.confirmed_epoch or self._parser.is_busy or self._last_byte >= 0x80:
+            return None
+        if not self.cursors and self._place(screen) != self._settled_at:
+            return None  # security: see the section's introduction
+        row, col, width = screen.cursor_row, screen.cursor_col, screen.width
+        if col >= width - 1 or screen.rows[row].text[col : self._end_of_pushed(col, width)].strip(_BLANK_CODES):
+            return None
+        attr = self._attr_for_typing(row, col, screen)
+        return self._underlined(attr) if self.underlines else attr
 
     def _underlined(self, attr: str) -> str:
         pen = self._book.rendition(attr)
@@ -4532,7 +4557,7 @@ class PredictionEngine:
         cell = cells[col]
         cell.recycle(shown[col])
         self._arm(cells[col:end])
-        attr = self._attr_for_typing(row, col, cells)
+        attr = self._attr_for_typing(row, col, screen)
         cell.new = (self._book.cell_code(char, wide=False, fallback=False), attr)
         self._touch(min(col + 1, width - 1))
         if col == width - 1:
@@ -4543,20 +4568,18 @@ class PredictionEngine:
         """Return the column behind the last one that typing at `col` moves or changes."""
         return col + 1 if self.overwrite else max(col + 1, min(width, self._pushed_end))
 
-    def _attr_for_typing(self, row: int, col: int, cells: list[CellPrediction]) -> str:
+    def _attr_for_typing(self, row: int, col: int, screen: Framebuffer) -> str:
         """Typed text looks like what stands left of it, or at the left edge like the pen."""
-        if col == 0:
-            return self._screen.pen
-        left = cells[col - 1]
-        known = left.active and not left.unknown
-        return without_wrap(left.new[1] if known else self._screen.code_at(row, col - 1)[1])
+        return without_wrap(self._expected_at(row, col - 1, screen)[1]) if col else screen.pen
+
+    def _expected_at(self, row: int, col: int, screen: Framebuffer) -> CodePair:
+        """What is predicted there, seen or not, or else what `screen` shows."""
+        cell = self.rows[row][col] if row in self.rows else None
+        return cell.new if cell and cell.active and not cell.unknown else screen.code_at(row, col)
 
     def _columns_at(self, row: int, col: int) -> int:
         """Return how many columns the character there takes, as far as is known or predicted."""
-        predicted = self.rows[row][col] if row in self.rows else None
-        is_known = predicted is not None and predicted.active and not predicted.unknown
-        code = predicted.new[0] if predicted and is_known else self._screen.code_at(row, col)[0]
-        return 2 if self._book.is_wide(code) else 1
+        return 2 if self._book.is_wide(self._expected_at(row, col, self._screen)[0]) else 1
 
     def _columns_before(self, cursor: CursorPrediction) -> int:
         """Return how many columns the character left of the cursor takes, 0 at the left edge."""
@@ -4704,6 +4727,40 @@ def prefix_titles(screen: Framebuffer, prefix: str) -> None:
     if screen.icon_name == screen.window_title:
         screen.icon_name = prefix + screen.icon_name
     screen.window_title = prefix + screen.window_title
+
+
+# -- the next letter
+
+_ANY_LETTER = "\u0259"  # stands for it in a frame, and is hardly ever anything else there
+
+
+class LetterAhead:
+    """The frame that shows the next letter typed, made before anybody knows which one it will be.
+
+    To work out what a key changes takes 0.5 ms after a rest in which all caches have gone cold; this needs a tenth.
+    """
+
+    def __init__(self, display: Display, shown: Framebuffer, attr: str, marks: tuple[bytes, bytes]) -> None:
+        """`shown`: what the user's terminal shows; `attr`: how the letter will look; `marks`: around each frame."""
+        self._place = shown.cursor_row, shown.cursor_col
+        self._attr = attr
+        self._screen = shown.copy()
+        self._screen.cursor_col += 1
+        self._screen.set_code(*self._place, _ANY_LETTER, attr)
+        self._frame = (marks[0] + display.frame(shown, self._screen) + marks[1]).split(_ANY_LETTER.encode())
+        self.letter = b""
+
+    def put(self, letter: bytes) -> bytes:
+        """Return the frame that shows `letter`, one of ASCII; empty if it would show others, too."""
+        if len(self._frame) != 2:
+            return b""
+        self.letter = letter
+        return letter.join(self._frame)
+
+    def screen(self) -> Framebuffer:
+        """Return what the terminal shows when the letter has been put."""
+        self._screen.set_code(*self._place, self.letter.decode(), self._attr)
+        return self._screen
 
 
 # ======================================================================================================================
@@ -5161,12 +5218,14 @@ class ClientCore:
         self._drawn_at = now
         self._drawn: Framebuffer | None = None  # the server's screen in it, unless there were predictions on it
         self._drawn_bar = ""
+        self._letter_ahead: LetterAhead | None = None
         self._push((Hello(), Resize(width, height)), now)
 
     # -- bytes in
 
     def receive_datagram(self, data: bytes, source: Address, now: int, congested: bool = False) -> None:
         """Take in one datagram. Raises PacketError, which is worth a line to the user if it is authentic."""
+        self._end_looking_ahead()  # security: it may bring a prompt for a password
         was_connecting, datagrams = self.is_connecting, self.transport.datagrams
         expected_seq = datagrams.arrivals.expected_seq
         self.transport.receive_datagram(data, source, now, congested)
@@ -5211,6 +5270,17 @@ class ClientCore:
             self.note_network_error(f"UDP port {self._port}: {text}", now)
             self._quotes_icmp = True
 
+    def echo_at_once(self, keys: bytes) -> bytes:
+        """Return what to write to the user's terminal before anything else is done about `keys`: a letter's frame.
+
+        The next frame begins there, and takes back what should not have been shown after all.
+        """
+        is_letter = len(keys) == 1 and b" " < keys < b"\x7f" and keys[0] != self._escape_key.key
+        if self._letter_ahead is None or not is_letter:
+            return b""
+        self._drawn = None
+        return self._letter_ahead.put(keys)
+
     def receive_keys(self, data: bytes, now: int) -> None:
         """Take in what the user typed, one read at a time: a long one is a paste and is not predicted."""
         if self._awaits_reply:
@@ -5218,6 +5288,7 @@ class ClientCore:
         self._take_keys(data, now)
 
     def _take_keys(self, data: bytes, now: int) -> None:
+        self._end_looking_ahead()
         if self.phase in (Phase.CLOSING, Phase.CLOSED):
             return
         self._observe()
@@ -5262,6 +5333,7 @@ class ClientCore:
         """The user's window has a new size; each is brought to at least 1."""
         self._push((Resize(max(1, width), max(1, height)),), now)
         self.engine.reset()
+        self._end_looking_ahead()
         if (width, height) == (self._shown.width, self._shown.height):
             self.repaint()  # it has had another size meanwhile, at which the terminal may have moved or cut everything
 
@@ -5338,6 +5410,7 @@ class ClientCore:
         bar = self.bar.text(now)
         if self._shown_is_known and bare and bare is self._drawn and bar == self._drawn_bar:
             return b""
+        self._end_looking_ahead()
         self._drawn, self._drawn_bar = bare, bar
         screen = self._predicted_screen()
         self.bar.draw(screen, now)
@@ -5346,6 +5419,19 @@ class ClientCore:
         frame = self._display.frame(self._shown, screen, known=self._shown_is_known)
         self._shown, self._shown_is_known = screen, True
         return frame and self._frame_marks[0] + frame + self._frame_marks[1]
+
+    def look_ahead(self) -> None:
+        """Prepare for the next key; to be called before waiting for it, when the frame to draw has been written."""
+        is_for_program = not (self._in_command or self._cut_off_reply) and self.phase is Phase.CONNECTED
+        if self._letter_ahead is None and is_for_program and self._shown_is_known and not self._drawn_bar:
+            attr = self.engine.next_letter(self._shown)
+            if attr is not None:
+                self._letter_ahead = LetterAhead(self._display, self._shown, attr, self._frame_marks)
+
+    def _end_looking_ahead(self) -> None:
+        ahead, self._letter_ahead = self._letter_ahead, None
+        if ahead and ahead.letter:
+            self._shown = ahead.screen()
 
     def _predicted_screen(self) -> Framebuffer:
         """Return a copy of the newest screen with the predictions that may be seen."""
@@ -7021,6 +7107,9 @@ class ClientSockets:
         self.all = []
 
 
+_TERMINAL_TURN_S = 0.000_3  # in which it shows a letter; it may need the processor that we would keep for 1 ms
+
+
 class Client:
     """The loop that joins a ClientCore with the user's terminal and the network."""
 
@@ -7064,9 +7153,12 @@ class Client:
             readable = [*self._sockets.all, self._signals, *self._network.readable(), *self._lookup.readable()]
             readable += [0] * (self._stdin_open and core.takes_keys)
             unwritten = self._terminal.writable()
+            if not unwritten:
+                core.look_ahead()
             core_timeout = core.sending_timeout() if unwritten else core.next_timeout()
             deadlines = (core_timeout, self._network.next_timeout(), self._lookup.next_timeout())
             ready = wait(readable, unwritten, earliest(deadlines))
+            keys = self._read_keys() if 0 in ready else None
             now = monotonic_ms()
             for udp in self._sockets.all:
                 if udp in ready:
@@ -7075,8 +7167,8 @@ class Client:
                 self._sockets.close_old()
             arrived = self._signals.take() if self._signals in ready else set()
             self._follow_window(arrived, now)  # first, since keys are typed into the window that the user sees
-            if 0 in ready:
-                self._read_keys(now)
+            if keys is not None:
+                self._take_keys(keys, now)
             self._end_on(arrived, now)
 
     def _draw(self) -> None:
@@ -7144,13 +7236,21 @@ class Client:
 
     # -- user
 
-    def _read_keys(self, now: int) -> None:
+    def _read_keys(self) -> bytes | None:
+        """Return what has been typed, b"" if nothing more will be, and show it at once if it is sure to be seen."""
         try:
             keys = os.read(0, KEYBOARD_READ_BYTES)
         except BlockingIOError:  # another program that reads from the terminal was faster
-            return
+            return None
         except OSError:
-            keys = b""
+            return b""
+        letter = self._core.echo_at_once(keys)
+        if letter:
+            self._terminal.write(letter)
+            time.sleep(_TERMINAL_TURN_S)
+        return keys
+
+    def _take_keys(self, keys: bytes, now: int) -> None:
         if not keys:
             self._stdin_open = False
             self._core.start_shutdown("Exiting...", now)

@@ -378,6 +378,7 @@ class ClientEnd(Machine):
         self.types_until = 0  # when the last key that a test has ordered so far is typed
         self.terminal = mosh.Emulator(width, height)  # the user's own
         self.frame_count = 0
+        self.letter_count = 0  # letters shown at once
 
     @property
     def address(self) -> Address:
@@ -415,7 +416,16 @@ class ClientEnd(Machine):
             self._sim.at(self.asleep_until, partial(self._receive_keys, data))
             return
         self.typed += data
+        seen = self.terminal.framebuffer
+        row, col = seen.cursor_row, seen.cursor_col
+        letter = self.core.echo_at_once(data)
+        self.terminal.feed(letter)
         self.core.receive_keys(data, self.now)
+        if letter:
+            self.letter_count += 1
+            self._draw()
+            there = seen.cell(row, col).contents, seen.cursor_row, seen.cursor_col
+            assert there == (data.decode(), row, col + 1), f"{data!r} has been shown and taken back: {there}"
         self._sim.wake(self)
 
     def resize(self, width: int, height: int) -> None:
@@ -445,9 +455,7 @@ class ClientEnd(Machine):
     def take_turn(self) -> None:
         """One pass of the client's loop, from drawing up to the next wait."""
         now = self.now
-        frame = self.core.frame_to_draw(now)
-        self.frame_count += bool(frame)
-        self.terminal.feed(frame)
+        self._draw()
         datagrams = self.core.datagrams_to_send(now)
         if datagrams and self.core.takes_new_port(now):
             host, port = self.address
@@ -457,6 +465,12 @@ class ClientEnd(Machine):
             self._sim.send(self, datagram, self.address, [] if refused else self.core.peers)
         if datagrams and refused:
             self.core.roaming.path_failed(now, reached=False)
+        self.core.look_ahead()
+
+    def _draw(self) -> None:
+        frame = self.core.frame_to_draw(self.now)
+        self.frame_count += bool(frame)
+        self.terminal.feed(frame)
 
 
 End = Union[ServerEnd, ClientEnd]
@@ -605,6 +619,7 @@ class Invariants:
         if not core.engine.is_waiting:
             core._drawn = None
             self.require(core.frame_to_draw(now) == b"", "something on the screen has not been drawn")
+            core.look_ahead()  # since drawing ends it
 
 
 class Simulation:

@@ -666,6 +666,86 @@ def test_a_key_in_the_same_turn_as_the_echo_of_the_last_one_is_judged_by_that_ec
     assert client.shown.lines()[0].rstrip() == "$ ls" and client.shown.cursor_col == 4
 
 
+def test_a_letter_whose_place_is_certain_is_shown_before_it_is_taken_in() -> None:
+    """`ClientEnd` looks whether it stays."""
+    sim = _confirmed(mosh.PredictionMode.ALWAYS)
+    sim.client.type("bcd efg", every_ms=50)
+    sim.run(ms=400)
+    assert sim.client.letter_count == 6  # a space is nothing to see
+    assert sim.client.seen.text == "$ abcd efg"
+    sim.run(ms=5_000)
+    assert sim.client.seen == sim.client.screen == sim.server.screen
+    assert sim.server.program.received == b"abcd efg"
+
+
+@pytest.mark.parametrize("keys", [b"", b" ", b"\r", b"\x7f", b"\x1e", b"\xc3\xa9", b"bc", b"b" * 200])
+def test_nothing_but_one_letter_is_shown_before_it_is_taken_in(keys: bytes) -> None:
+    core = _confirmed(mosh.PredictionMode.ALWAYS).client.core
+    assert core.echo_at_once(keys) == b"" != core.echo_at_once(b"b")
+
+
+def _drive_away(sim: Simulation, how: str) -> None:
+    core = sim.client.core
+    if how == "a datagram":
+        for datagram in sim.server.core.datagrams_to_send(sim.server.now + mosh.ACK_INTERVAL_MS):
+            core.receive_datagram(datagram, core.peers[0], sim.now)
+    elif how == "a key":
+        core.receive_keys(b"\x1b", sim.now)
+    elif how == "a window's size":
+        core.resize(60, 20, sim.now)
+    elif how == "the bar":
+        core.bar.set_message("hush", sim.now)
+        core.frame_to_draw(sim.now)
+    elif how == "the escape key":
+        core.receive_keys(b"\x1e", sim.now)
+        core.frame_to_draw(sim.now)
+        core.look_ahead()
+    elif how == "the end":
+        core.start_shutdown("Exiting...", sim.now)
+        core.frame_to_draw(sim.now)
+        core.look_ahead()
+    elif how == "a repaint":
+        core.repaint()
+        core.receive_keys(b"b", sim.now)
+        core.look_ahead()
+
+
+@pytest.mark.parametrize(
+    "how", ["a datagram", "a key", "a window's size", "the bar", "the escape key", "the end", "a repaint"]
+)
+def test_no_letter_is_shown_ahead_of_what_may_change_its_place(how: str) -> None:
+    sim = _confirmed(mosh.PredictionMode.ALWAYS)
+    assert sim.client.core._letter_ahead is not None
+    _drive_away(sim, how)
+    assert sim.client.core.echo_at_once(b"c") == b""
+
+
+def test_a_letter_that_is_the_escape_key_is_not_shown() -> None:
+    sim = _confirmed(mosh.PredictionMode.ALWAYS)
+    sim.client.core._escape_key = mosh.EscapeKey(b"~")
+    assert sim.client.core.echo_at_once(b"~") == b"" != sim.client.core.echo_at_once(b"b")
+
+
+def test_a_letter_shown_at_once_is_taken_back_if_the_frame_that_follows_lacks_it() -> None:
+    sim = _confirmed(mosh.PredictionMode.ALWAYS)
+    sim.client.terminal.feed(sim.client.core.echo_at_once(b"b"))
+    assert sim.client.seen.text == "$ ab"
+    sim.client.take_turn()
+    assert sim.client.seen.text == "$ a" and sim.client.terminal.framebuffer.cursor_col == 3
+
+
+def test_a_frame_that_would_show_the_letter_twice_is_not_used() -> None:
+    class Wordy(mosh.Display):
+        def frame(self, last: mosh.Framebuffer, new: mosh.Framebuffer, *, known: bool = True) -> bytes:
+            return super().frame(last, new, known=known) + mosh._ANY_LETTER.encode()
+
+    shown = mosh.Emulator(20, 2).framebuffer
+    ahead = mosh.LetterAhead(mosh.Display(), shown, shown.codebook.DEFAULT, (b"<", b">"))
+    assert ahead.put(b"x") == b"<x>" and ahead.screen().lines()[0].rstrip() == "x"
+    ahead = mosh.LetterAhead(Wordy(), shown, shown.codebook.DEFAULT, (b"<", b">"))
+    assert ahead.put(b"x") == ahead.letter == b""
+
+
 def test_nothing_is_predicted_of_the_text_in_the_bar() -> None:
     sim = _confirmed(mosh.PredictionMode.ALWAYS)
     sim.blackout(ms=15_000)

@@ -315,14 +315,8 @@ REMOTE = st.sampled_from(
 STEPS = st.tuples(st.lists(KEYS, max_size=4), st.booleans(), st.lists(REMOTE, max_size=2))
 
 
-@settings(max_examples=300)
-@given(st.sampled_from(["always", "experimental"]), st.booleans(), st.lists(STEPS, min_size=2, max_size=12))
-@example("always", False, [([], True, ["\u6f22\u5b57 ab\x1b[H"]), ([b"q"], True, []), ([b"r", b"s"], False, [])])
-def test_the_users_terminal_shows_the_predictions_as_they_are_meant(
-    mode: str, overwrite: bool, steps: list[tuple[list[bytes], bool, list[str]]]
-) -> None:
-    """Among wide characters and marks, too: a frame leaves the terminal in no doubt about columns."""
-    driver = EngineDriver(
+def _in_insert_mode(mode: str, overwrite: bool) -> EngineDriver:
+    return EngineDriver(
         {
             "cols": 12,
             "rows": 3,
@@ -332,6 +326,16 @@ def test_the_users_terminal_shows_the_predictions_as_they_are_meant(
             "start_remote_hex": b"\x1b[4h".hex(),
         }
     )
+
+
+@settings(max_examples=300)
+@given(st.sampled_from(["always", "experimental"]), st.booleans(), st.lists(STEPS, min_size=2, max_size=12))
+@example("always", False, [([], True, ["\u6f22\u5b57 ab\x1b[H"]), ([b"q"], True, []), ([b"r", b"s"], False, [])])
+def test_the_users_terminal_shows_the_predictions_as_they_are_meant(
+    mode: str, overwrite: bool, steps: list[tuple[list[bytes], bool, list[str]]]
+) -> None:
+    """Among wide characters and marks, too: a frame leaves the terminal in no doubt about columns."""
+    driver = _in_insert_mode(mode, overwrite)
     terminal, typed = mosh.Emulator(12, 3), b""
     for num, (keys, echoed, remote) in enumerate(steps, start=1):
         driver.type(b"".join(keys))
@@ -345,6 +349,56 @@ def test_the_users_terminal_shows_the_predictions_as_they_are_meant(
         driver.draw()
         terminal.feed(mosh.Display(hide_cursor=True).frame(before, driver.shown))
         assert vectors.shown(terminal.framebuffer) == vectors.shown(driver.shown)
+
+
+@settings(max_examples=300)
+@given(st.sampled_from(["always", "experimental"]), st.booleans(), st.lists(STEPS, min_size=2, max_size=12))
+@example("always", False, [([b"a"], True, []), ([b"b"], False, []), ([], False, ["\x1b[1;7H"]), ([b"c"], False, [])])
+def test_a_letter_whose_place_is_certain_is_predicted_there(
+    mode: str, overwrite: bool, steps: list[tuple[list[bytes], bool, list[str]]]
+) -> None:
+    driver = _in_insert_mode(mode, overwrite)
+    typed, num = b"", 0
+    for keys, echoed, remote in steps:
+        for key in keys:
+            attr = driver.engine.next_letter(driver.shown)
+            row, col = driver.shown.cursor_row, driver.shown.cursor_col
+            driver.type(key)
+            num += 1
+            driver.observe(last_sent_num=num)
+            driver.draw()
+            if attr is not None and len(key) == 1 and key.isalpha():
+                assert driver.shown.code_at(row, col)[0] == key.decode()
+                assert (driver.shown.cursor_row, driver.shown.cursor_col) == (row, col + 1)
+        typed += b"".join(keys)
+        if echoed:
+            driver.remote.feed(typed.replace(b"\x7f", b"\b\x1b[P").replace(b"\x1bO", b"\x1b["))
+            typed = b""
+        driver.remote.feed("".join(remote).encode())
+        driver.observe(echo_ack=num if echoed else driver.numbers["echo_ack"])
+        driver.draw()
+
+
+@pytest.mark.parametrize(
+    ("remote", "typed", "certain"),
+    [
+        *((b"", keys, True) for keys in (b"", b"b", b"\x7f", b"b" * 15)),
+        *((b"", keys, False) for keys in (b"\x1b", b"\x1b[", b"\xc3", b"\r", b"b" * 16)),
+        (b"\x1b7\x1b[1;19H|\x1b8", b"", False),
+    ],
+)
+def test_when_the_place_of_the_next_letter_is_certain(remote: bytes, typed: bytes, certain: bool) -> None:
+    """Behind a key that is whole, in a row with room, of 20 columns, and where nothing has to be pushed on."""
+    driver = _typing_at_a_prompt("always", 50)
+    driver.type(b"a")
+    driver.draw()
+    assert driver.engine.next_letter(driver.shown) is None
+    driver.remote.feed(b"a" + remote)
+    driver.observe(last_sent_num=1, echo_ack=1)
+    driver.draw()
+    driver.type(typed)
+    driver.draw()
+    assert (driver.engine.next_letter(driver.shown) is not None) == certain
 
 
 # What differs on purpose in the engine behind a vector's last frame, which shows the same.
@@ -444,6 +498,7 @@ def test_a_password_is_not_shown_either_where_a_key_was_echoed_before_the_prompt
     driver.draw()
     before = vectors.shown(driver.shown)
     for i, key in enumerate(b"secret", start=2):
+        assert driver.engine.next_letter(driver.shown) is None
         driver.type(bytes([key]))
         driver.observe(last_sent_num=i)
         driver.draw()
@@ -464,6 +519,7 @@ def test_a_password_is_not_shown_either_where_the_echo_ack_is_late(mode: str) ->
     driver.draw()
     before = driver.shown.lines()
     for num, key in enumerate(b"secret", start=3):
+        assert driver.engine.next_letter(driver.shown) is None
         driver.type(bytes([key]))
         driver.observe(last_sent_num=num)
         driver.draw()
