@@ -975,9 +975,9 @@ class FragmentAssembly:
 #   If it says what we know, it was our ack that was lost, and that is said again.
 # - No ack within that time: maybe it was the ack that was lost, and a stock peer acks a state only once, however often
 #   it comes. So from then on the repeats are states of their own, which it acks again. But the pieces of one that takes
-#   several datagrams add up only under one number; so of those it is every third repeat. At RTT 100 ms with 30 % loss
-#   each way a page of text that no key has asked for takes 160 ms to a stock client, 290 under one number, 180 from a
-#   stock server.
+#   several datagrams add up only under one number: so of a few it is every third repeat, and where a queue may be too
+#   short for them none. At RTT 100 ms with 30 % loss each way a page of text that no key has asked for takes 160 ms to
+#   a stock client, 290 under one number, 180 from a stock server.
 # - Gaps in the peer's sequence numbers: the path is lossy. Then what fits a datagram goes twice in quick succession and
 #   again after an RTO. At RTT 100 ms with 29 % loss each way a key takes 128 ms to its echo in the mean, 220 with
 #   stock's rules, for 1.4 times the bytes (tests/bench_simulated.py). A third copy: 118 ms for 1.8 times the bytes.
@@ -1011,7 +1011,8 @@ assert LOSS_RUN < LOSSY_COUNT  # one outage does not
 LOSSY_COPIES = 2  # an instruction of one datagram is sent so often in quick succession,
 LOSSY_COPY_BYTES = MTU_BYTES["IPv4"]
 LOSSY_COPY_MS = (10, 50)  # after SRTT/8 within these bounds, far enough apart for a burst of losses to pass
-PIECES_TRIES = 3  # of what takes several datagrams, before it becomes a state of its own
+NEW_NUM_BYTES = 3 * LOSSY_COPY_BYTES  # what takes several datagrams, but no more than this, goes
+PIECES_TRIES = 3  # so often under one state number
 QUICK_DIFF_BYTES = 200  # small diffs, keys and a line of output,
 QUICK_RESEND_MS, QUICK_RESEND_LIMIT_MS = 200, 10_000  # go again so often while no ack comes, for so long
 
@@ -1138,7 +1139,8 @@ class Sender(Generic[Local]):
         self._unacked_since: int | None = None  # when a change was first sent that no ack has answered in any part
         self._heard_at = now  # when the peer last said something new
         self._resend_now = False  # the peer has been heard, and lacks what it should have by now
-        self._last_diff_bytes = self._last_bytes = 0  # of the last instruction, and of its datagrams
+        self._last_diff_bytes = self._last_bytes = 0  # of the last instruction, and of its datagrams,
+        self._last_count = 0  # which were so many
         self._copies = 0  # how often the last state has been sent, be it as several
         # what is large
         self.may_step_back = True  # the peer bears a state that holds less than one before
@@ -1238,13 +1240,14 @@ class Sender(Generic[Local]):
         slow_ms = (self._large.lost_ms(now) - PART_PATIENCE_MS) // 2 if is_slow else 0
         return max(self._round_trip.frame_interval_ms, min(ACK_INTERVAL_MS, slow_ms))
 
-    def charge(self, diff: bytes, size: int, now: int) -> None:
-        """An instruction with `diff` has gone out, as datagrams of `size` bytes in all."""
+    def charge(self, diff: bytes, sizes: list[int], now: int) -> None:
+        """An instruction with `diff` has gone out, as datagrams of these sizes."""
+        size = sum(sizes)
         paid = (now - self._debt_at) * PACING_BYTES / self._interval_ms(self._debt_at)
         debt = size if len(diff) <= SMALL_DIFF_BYTES else max(size, FRAME_DEBT_BYTES)
         self._debt_bytes = max(0.0, self._debt_bytes - paid) + debt
         self._debt_at = now
-        self._last_diff_bytes, self._last_bytes = len(diff), size
+        self._last_diff_bytes, self._last_bytes, self._last_count = len(diff), size, len(sizes)
 
     def expect_answer(self, now: int) -> None:
         """The peer's user has typed something."""
@@ -1383,7 +1386,10 @@ class Sender(Generic[Local]):
         """Whether to repeat the last state under another number, so that it is acknowledged again."""
         if not self._round_trip.measured or self._unacked_since is None or now - self._unacked_since < self.patience_ms:
             return False
-        return self._last_bytes <= LOSSY_COPY_BYTES or self._copies % PIECES_TRIES == 0
+        if self._last_count == 1:
+            return True
+        may_be_narrow = self._last_bytes > NEW_NUM_BYTES or self._large.limit_bytes < DIFF_LIMIT_BYTES
+        return not may_be_narrow and self._copies % PIECES_TRIES == 0
 
     def _sent_again(self, now: int) -> None:
         self.sent[-1].at = now
@@ -1599,7 +1605,7 @@ class Transport(Generic[Local, Remote]):
         sizes = [FRAGMENT_OVERHEAD_BYTES + len(fragment.contents) for fragment in fragments]
         if mtu_bytes == mtu.bytes:
             mtu.instruction_sent(instruction.new_num, max(sizes), now)
-        self.sender.charge(instruction.diff, sum(sizes), now)
+        self.sender.charge(instruction.diff, sizes, now)
         self._train_mtu_bytes, self._train_ack_num = mtu.bytes, instruction.ack_num
         self._train_num = instruction.new_num
         late = max(1, len(fragments) - BURST_DATAGRAMS + 1)
