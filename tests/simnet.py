@@ -834,6 +834,10 @@ class StockSender(mosh.Sender[Any]):
         if self.shutdown_at is not None or self.ack_num == mosh.LAST_STATE_NUM:
             self._next_ack_at = last.at + interval
 
+    def _ack_seems_lost(self, _now: int) -> bool:
+        """Stock repeats a state under its number."""
+        return False
+
     def peer_heard(self, instruction: mosh.Instruction, unprompted: bool, now: int) -> None:
         """Stock does not look for what is lost, and keeps to its own heartbeats."""
 

@@ -408,7 +408,10 @@ def _tried(*nums: int) -> mosh.PathMtu:
 
 @pytest.mark.parametrize(
     ("nums", "now", "falls_back"),
-    [((5,), 10_000, False), ((5, 5), 399, False), ((5, 5), 400, True), ((5, 6), 400, True), ((5, 6, 7), 400, True)],
+    [
+        ((5, 6), 10_000, False), ((5, 5, 5), 499, False), ((5, 5, 5), 500, True), ((5, 6, 7), 500, True),
+        ((5, 6, 7, 8), 500, True),
+    ],
 )
 def test_large_datagrams_are_given_up_after_some_tries_and_a_timeout(
     nums: tuple[int, ...], now: int, falls_back: bool
@@ -420,11 +423,37 @@ def test_large_datagrams_are_given_up_after_some_tries_and_a_timeout(
 
 def test_an_ack_of_a_large_state_or_of_what_builds_on_it_speaks_for_large_datagrams() -> None:
     for acked, falls_back in ((5, False), (7, False), (4, True)):
-        mtu = _tried(5, 6)
-        mtu.instruction_sent(7, 90, 200)
-        mtu.acknowledged(acked, 200)
-        mtu.update(400, patience_ms=300)
+        mtu = _tried(5, 6, 6)
+        mtu.instruction_sent(7, 90, 300)
+        mtu.acknowledged(acked, 300)
+        mtu.update(500, patience_ms=300)
         assert (mtu.bytes == 500) == falls_back
+
+
+def test_a_path_that_has_carried_large_datagrams_gets_more_tries() -> None:
+    for acked, tries in ((5, 14), (6, 3)):  # that of a later state may have been small after all
+        mtu = _tried(5)
+        mtu.acknowledged(acked, 0)
+        for i in range(tries):
+            mtu.update(1_000_000, patience_ms=300)
+            assert mtu.bytes == 1_252
+            mtu.instruction_sent(7 + i, 1_252, 1_000 * i)
+        mtu.update(1_000 * tries, patience_ms=300)
+        assert mtu.bytes == 500
+
+
+def test_a_path_that_carries_a_probe_gets_more_tries_but_not_if_it_may_be_another_one() -> None:
+    for doubted in (False, True):
+        mtu = mosh.PathMtu(1_252)
+        mtu.shrink()
+        mtu.probe_sent(8, 0)
+        mtu.acknowledged(8, 0)
+        if doubted:
+            mtu.doubt()
+        for num in range(10, 13):
+            mtu.instruction_sent(num, 1_252, 0)
+        mtu.update(1_000, patience_ms=300)
+        assert (mtu.bytes == 500) == doubted
 
 
 def test_a_flood_of_large_states_that_are_acknowledged_late_is_no_black_hole() -> None:

@@ -11,7 +11,7 @@ import pytest
 
 import mosh
 from random_sessions import play
-from simnet import HOME_ADDRESS, NEW_ADDRESS, SERVER_ADDRESS, BrokenInvariant, Simulation
+from simnet import HOME_ADDRESS, NEW_ADDRESS, SERVER_ADDRESS, BrokenInvariant, Simulation, use_stock_timers
 
 
 @pytest.fixture
@@ -194,6 +194,22 @@ def test_repeats_of_what_has_arrived_double_no_key(sim: Simulation) -> None:
     sim.run_until(lambda: sim.settled, limit_ms=5_000)
     sim.run(ms=2_000)
     assert sim.server.program.received == sim.client.typed
+
+
+def test_a_lost_ack_of_a_stock_client_is_had_again_before_its_next_heartbeat(sim: Simulation) -> None:
+    """It says nothing when a state comes again, and until the ack all that is new would be held back and repeated."""
+    use_stock_timers(sim.client.core.transport)
+    sim.run(ms=2_000)
+    sim.link.delay_ms = 50
+    for rows in (1, 11):
+        sim.server.write(b"\x1b[H" + bytes(sim.random.choices(range(0x21, 0x7F), k=59 * rows)))
+        sim.run(ms=100)
+        sim.link.blocked = {mosh.TO_SERVER}
+        sim.run(ms=300)
+        assert sim.client.screen == sim.server.screen
+        sim.link.blocked.clear()
+        sender = sim.server.core.transport.sender
+        sim.run_until(lambda sender=sender: sender.sent[0].state == sender.current, 600)  # type: ignore[misc]
 
 
 def test_large_datagrams_are_used_again_when_the_path_carries_them_again(sim: Simulation) -> None:
