@@ -5254,10 +5254,11 @@ class ClientCore:
 
     def receive_datagram(self, data: bytes, source: Address, now: int, congested: bool = False) -> None:
         """Take in one datagram. Raises PacketError, which is worth a line to the user if it is authentic."""
-        self._end_looking_ahead()  # security: it may bring a prompt for a password
-        was_connecting, datagrams = self.is_connecting, self.transport.datagrams
+        was_connecting, datagrams, state = self.is_connecting, self.transport.datagrams, self.transport.remote.state
         expected_seq = datagrams.arrivals.expected_seq
         self.transport.receive_datagram(data, source, now, congested)
+        if self.transport.remote.state is not state:  # security: it may bring a prompt for a password
+            self._end_looking_ahead()
         if datagrams.arrivals.expected_seq != expected_seq:
             searching = self.roaming.searching
             self.roaming.heard(source, now, datagrams.last_round_trip_at)

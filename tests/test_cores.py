@@ -686,7 +686,8 @@ def test_nothing_but_one_letter_is_shown_before_it_is_taken_in(keys: bytes) -> N
 
 def _drive_away(sim: Simulation, how: str) -> None:
     core = sim.client.core
-    if how == "a datagram":
+    if how == "a screen":
+        sim.server.core.receive_host_output(b"\r\nPassword: ", sim.now)
         for datagram in sim.server.core.datagrams_to_send(sim.server.now + mosh.ACK_INTERVAL_MS):
             core.receive_datagram(datagram, core.peers[0], sim.now)
     elif how == "a key":
@@ -711,13 +712,22 @@ def _drive_away(sim: Simulation, how: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "how", ["a datagram", "a key", "a window's size", "the bar", "the escape key", "the end", "a repaint"]
+    "how", ["a screen", "a key", "a window's size", "the bar", "the escape key", "the end", "a repaint"]
 )
 def test_no_letter_is_shown_ahead_of_what_may_change_its_place(how: str) -> None:
     sim = _confirmed(mosh.PredictionMode.ALWAYS)
     assert sim.client.core._letter_ahead is not None
     _drive_away(sim, how)
     assert sim.client.core.echo_at_once(b"c") == b""
+
+
+def test_a_heartbeat_leaves_the_letter_ahead_as_it_is() -> None:
+    sim = _confirmed(mosh.PredictionMode.ALWAYS)
+    core, num = sim.client.core, sim.client.core.transport.remote.num
+    for datagram in sim.server.core.datagrams_to_send(sim.server.now + mosh.ACK_INTERVAL_MS):
+        core.receive_datagram(datagram, core.peers[0], sim.now)
+    assert core.transport.remote.num == num + 1
+    assert core.frame_to_draw(sim.now) == b"" != core.echo_at_once(b"b")
 
 
 def test_a_letter_that_is_the_escape_key_is_not_shown() -> None:
