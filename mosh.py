@@ -4319,10 +4319,7 @@ class PredictionEngine:
 
     def _update_triggers(self) -> None:
         interval = self._send_interval_ms
-        if interval > SHOW_PREDICTIONS_MS[1]:
-            self.shows_slow_link = True
-        elif interval <= SHOW_PREDICTIONS_MS[0] and self.shows_slow_link:
-            self.shows_slow_link = bool(self.cursors) or self.active_cell_count > 0
+        self.shows_slow_link = self._is_slow_link
         if interval > UNDERLINE_MS[1]:
             self.underlines = True
         elif interval <= UNDERLINE_MS[0]:
@@ -4375,9 +4372,17 @@ class PredictionEngine:
     # -- showing
 
     @property
+    def _is_slow_link(self) -> bool:
+        """Whether the link is so slow that predictions show, or has become fast while some are not settled."""
+        off, on = SHOW_PREDICTIONS_MS
+        if self._send_interval_ms > (off if self.shows_slow_link else on):
+            return True
+        return self.shows_slow_link and (bool(self.cursors) or self.active_cell_count > 0)
+
+    @property
     def _shows(self) -> bool:
         if self.mode is PredictionMode.ADAPTIVE:
-            return self.shows_slow_link or self.glitch > 0
+            return self._is_slow_link or self.glitch > 0
         return self.mode is not PredictionMode.NEVER
 
     def apply(self, screen: Framebuffer) -> None:
@@ -7158,7 +7163,7 @@ class Client:
             core_timeout = core.sending_timeout() if unwritten else core.next_timeout()
             deadlines = (core_timeout, self._network.next_timeout(), self._lookup.next_timeout())
             ready = wait(readable, unwritten, earliest(deadlines))
-            keys = self._read_keys() if 0 in ready else None
+            keys = self._read_keys(alone=len(ready) == 1) if 0 in ready else None
             now = monotonic_ms()
             for udp in self._sockets.all:
                 if udp in ready:
@@ -7236,15 +7241,19 @@ class Client:
 
     # -- user
 
-    def _read_keys(self) -> bytes | None:
-        """Return what has been typed, b"" if nothing more will be, and show it at once if it is sure to be seen."""
+    def _read_keys(self, *, alone: bool) -> bytes | None:
+        """Return what has been typed, b"" if nothing more will be, and show it at once if it is sure to be seen.
+
+        `alone`: nothing else has come. Security: a datagram may bring a prompt for a password, another window's size
+        moves what is in it, and who goes on after having been stopped does not know what the terminal shows.
+        """
         try:
             keys = os.read(0, KEYBOARD_READ_BYTES)
         except BlockingIOError:  # another program that reads from the terminal was faster
             return None
         except OSError:
             return b""
-        letter = self._core.echo_at_once(keys)
+        letter = self._core.echo_at_once(keys) if alone else b""
         if letter:
             self._terminal.write(letter)
             time.sleep(_TERMINAL_TURN_S)
