@@ -4163,7 +4163,7 @@ class PredictionEngine:
         self.cursors: list[CursorPrediction] = []  # the last one is where the next key goes
         self._settled_at = (0, 0, "")  # where the last one came true; see `_place`
         self._pushed_end = NEVER  # the column from which on typing moves nothing, as has been seen in this epoch
-        self._searched: Framebuffer | None = None  # the screen in which it was looked for last
+        self._searched: Framebuffer | None = None  # where it was looked for last; a letter shifts both sides alike
         self._keys: list[_Key] = []  # the newest
         self.rows: dict[int, list[CellPrediction]] = {}
         self._live_rows: set[int] = set()  # those that may hold an active cell
@@ -4293,7 +4293,6 @@ class PredictionEngine:
         """Give up what was predicted to be pushed on from where the screen shows that it stays."""
         if self.overwrite or not self.cursors or self.cursors[-1].row != screen.cursor_row or screen is self._searched:
             return
-        self._searched = screen
         row, col = self.cursors[-1].row, self.cursors[-1].col
         keys = [typed for _, typed, expires, _ in self._keys if expires > self._echo_ack]
         # The screen may show some of the keys under way; if all are letters and backspaces, its own cursor tells which.
@@ -4302,6 +4301,7 @@ class PredictionEngine:
             return
         if any(char_width(key[0]) < 1 for key in keys if key != "\x7f"):
             return
+        self._searched = screen
         cells, shown = self.rows[row], screen.codes_of(row)
         for at in range(col, min(screen.width, self._pushed_end) - max(0, -distance)):
             cell = cells[at]
@@ -4528,6 +4528,7 @@ class PredictionEngine:
             self._become_tentative()  # as for an arrow at the edge
             return
         self._touch(cursor.col - columns)
+        self._searched = None  # what is pulled back is new to the search
         end = self._end_of_pushed(cursor.col, width)
         if end <= cursor.col + 1:
             there = screen.code_at(screen.cursor_row, screen.cursor_col)
