@@ -4192,7 +4192,7 @@ class PredictionEngine:
         self.cursors: list[CursorPrediction] = []  # the last one is where the next key goes
         self._settled_at = (0, 0, "")  # where the last one came true; see `_place`
         self._pushed_end = NEVER  # the column from which on typing moves nothing, as has been seen in this epoch
-        self._searched: Framebuffer | None = None  # the screen in which it was looked for last
+        self._searched: Framebuffer | None = None  # where it was looked for last; a letter shifts both sides alike
         self._keys: list[_Key] = []  # the newest
         self.rows: dict[int, list[CellPrediction]] = {}
         self._live_rows: set[int] = set()  # those that may hold an active cell
@@ -4322,7 +4322,6 @@ class PredictionEngine:
         """Give up what was predicted to be pushed on from where the screen shows that it stays."""
         if self.overwrite or not self.cursors or self.cursors[-1].row != screen.cursor_row or screen is self._searched:
             return
-        self._searched = screen
         row, col = self.cursors[-1].row, self.cursors[-1].col
         keys = [typed for _, typed, expires, _ in self._keys if expires > self._echo_ack]
         # The screen may show some of the keys under way; if all are letters and backspaces, its own cursor tells which.
@@ -4331,6 +4330,7 @@ class PredictionEngine:
             return
         if any(char_width(key[0]) < 1 for key in keys if key != "\x7f"):
             return
+        self._searched = screen
         cells, shown = self.rows[row], screen.codes_of(row)
         for at in range(col, min(screen.width, self._pushed_end) - max(0, -distance)):
             cell = cells[at]
@@ -4348,10 +4348,7 @@ class PredictionEngine:
 
     def _update_triggers(self) -> None:
         interval = self._send_interval_ms
-        if interval > SHOW_PREDICTIONS_MS[1]:
-            self.shows_slow_link = True
-        elif interval <= SHOW_PREDICTIONS_MS[0] and self.shows_slow_link:
-            self.shows_slow_link = bool(self.cursors) or self.active_cell_count > 0
+        self.shows_slow_link = self._is_slow_link
         if interval > UNDERLINE_MS[1]:
             self.underlines = True
         elif interval <= UNDERLINE_MS[0]:
@@ -4404,9 +4401,17 @@ class PredictionEngine:
     # -- showing
 
     @property
+    def _is_slow_link(self) -> bool:
+        """Whether the link is so slow that predictions show, or has become fast while some are not settled."""
+        off, on = SHOW_PREDICTIONS_MS
+        if self._send_interval_ms > (off if self.shows_slow_link else on):
+            return True
+        return self.shows_slow_link and (bool(self.cursors) or self.active_cell_count > 0)
+
+    @property
     def _shows(self) -> bool:
         if self.mode is PredictionMode.ADAPTIVE:
-            return self.shows_slow_link or self.glitch > 0
+            return self._is_slow_link or self.glitch > 0
         return self.mode is not PredictionMode.NEVER
 
     def apply(self, screen: Framebuffer) -> None:
@@ -4552,6 +4557,7 @@ class PredictionEngine:
             self._become_tentative()  # as for an arrow at the edge
             return
         self._touch(cursor.col - columns)
+        self._searched = None  # what is pulled back is new to the search
         end = self._end_of_pushed(cursor.col, width)
         if end <= cursor.col + 1:
             there = screen.code_at(screen.cursor_row, screen.cursor_col)
@@ -7188,7 +7194,7 @@ class Client:
             core_timeout = core.sending_timeout() if unwritten else core.next_timeout()
             deadlines = (core_timeout, self._network.next_timeout(), self._lookup.next_timeout())
             ready = wait(readable, unwritten, earliest(deadlines))
-            keys = self._read_keys() if 0 in ready else None
+            keys = self._read_keys(alone=len(ready) == 1) if 0 in ready else None
             now = monotonic_ms()
             for udp in self._sockets.all:
                 if udp in ready:
@@ -7266,15 +7272,19 @@ class Client:
 
     # -- user
 
-    def _read_keys(self) -> bytes | None:
-        """Return what has been typed, b"" if nothing more will be, and show it at once if it is sure to be seen."""
+    def _read_keys(self, *, alone: bool) -> bytes | None:
+        """Return what has been typed, b"" if nothing more will be, and show it at once if it is sure to be seen.
+
+        `alone`: nothing else has come. Security: a datagram may bring a prompt for a password, another window's size
+        moves what is in it, and who goes on after having been stopped does not know what the terminal shows.
+        """
         try:
             keys = os.read(0, KEYBOARD_READ_BYTES)
         except BlockingIOError:  # another program that reads from the terminal was faster
             return None
         except OSError:
             return b""
-        letter = self._core.echo_at_once(keys)
+        letter = self._core.echo_at_once(keys) if alone else b""
         if letter:
             self._terminal.write(letter)
             time.sleep(_TERMINAL_TURN_S)

@@ -521,45 +521,90 @@ def test_keys_that_another_program_has_read_are_not_the_end_of_input(
     client = _paste_through(Sockets({}))
     client._stdin_open = True
     monkeypatch.setattr(os, "read", read)
-    keys = client._read_keys()
+    keys = client._read_keys(alone=True)
     if keys is not None:
         client._take_keys(keys, 0)
     assert client._stdin_open == goes_on
 
 
-def test_keys_come_behind_the_size_of_the_window_that_they_were_typed_into(home: Path) -> None:
-    """A client that finds both at once tells the server of the window first."""
-    udp = mosh.UdpSocket(socket.AF_INET)
-    udp.bind(LOOPBACK, 0)
-    cipher = mosh.choose_cipher()(mosh.Key.from_text(KEY).raw)
-    core = mosh.ServerCore(
-        mosh.Channel(cipher, mosh.TO_CLIENT), mosh.monotonic_ms(), width=1, height=1, random_bytes=os.urandom
-    )
+class HandServer:
+    """A server that does what a test wants, in the test's own process."""
 
-    def serve_until(done: Callable[[], bool]) -> None:
-        end = mosh.monotonic_ms() + int(1000 * LIMIT_SECONDS)
+    def __init__(self) -> None:
+        self.udp = mosh.UdpSocket(socket.AF_INET)
+        self.udp.bind(LOOPBACK, 0)
+        cipher = mosh.choose_cipher()(mosh.Key.from_text(KEY).raw)
+        self.core = mosh.ServerCore(
+            mosh.Channel(cipher, mosh.TO_CLIENT), mosh.monotonic_ms(), width=1, height=1, random_bytes=os.urandom
+        )
+
+    def serve_until(self, done: Callable[[], bool]) -> None:
+        """Be a server until then."""
+        core, udp, end = self.core, self.udp, mosh.monotonic_ms() + int(1000 * LIMIT_SECONDS)
         while not done():
             assert mosh.monotonic_ms() < end
-            mosh.wait((udp,), (), core.next_timeout())
+            at, soon = core.next_timeout(), mosh.monotonic_ms() + 50
+            mosh.wait((udp,), (), soon if at is None else min(at, soon))
             received = udp.receive()
             if received is not None:
                 core.receive_datagram(*received[:2], mosh.monotonic_ms())
             for datagram in core.datagrams_to_send(mosh.monotonic_ms()):
                 udp.send(datagram, core.peer)
 
-    with contextlib.closing(udp), on_a_terminal(
-        peers.client_command("ours", udp.port), _environ(home, KEY), (80, 24)
+    def write(self, output: bytes) -> None:
+        """Let the program write that, and serve until nothing more happens."""
+        self.core.receive_host_output(output, mosh.monotonic_ms())
+        quiet_at = mosh.monotonic_ms() + 300
+        self.serve_until(lambda: mosh.monotonic_ms() >= quiet_at)
+
+    def read(self, keys: bytes) -> None:
+        """Serve until the program has read that."""
+        self.serve_until(lambda: self.core.host_input == keys)
+        self.core.host_input.clear()
+
+
+@contextlib.contextmanager
+def _hand_served(home: Path, **extra: str) -> Iterator[tuple[HandServer, PtyProcess]]:
+    server = HandServer()
+    with contextlib.closing(server.udp), on_a_terminal(
+        peers.client_command("ours", server.udp.port), _environ(home, KEY, **extra), (80, 24)
     ) as client:
         client.read_until(lambda output: b"\x1b[?1h" in output)
-        serve_until(lambda: core.size == (80, 24))
-        length = core.transport.remote.state.length
+        server.serve_until(lambda: server.core.size == (80, 24))
+        yield server, client
+
+
+def test_keys_come_behind_the_size_of_the_window_that_they_were_typed_into(home: Path) -> None:
+    """A client that finds both at once tells the server of the window first."""
+    with _hand_served(home) as (server, client):
+        length = server.core.transport.remote.state.length
         client.send_signal(signal.SIGSTOP)
         client.resize(100, 40)
         client.type(b"k")
         client.send_signal(signal.SIGCONT)
-        serve_until(lambda: bool(core.host_input))
-        resize, key = core.transport.remote.state.events_since(length)[-2:]
+        server.serve_until(lambda: bool(server.core.host_input))
+        resize, key = server.core.transport.remote.state.events_since(length)[-2:]
         assert isinstance(resize, mosh.Resize) and (resize.width, resize.height) == (100, 40) and key == ord("k")
+
+
+def test_a_letter_that_comes_with_a_prompt_for_a_password_is_not_shown(home: Path) -> None:
+    """Nor one that comes with anything else which may change where it belongs."""
+    with _hand_served(home, MOSH_PREDICTION_DISPLAY="always") as (server, client):
+        server.write(b"$ ")
+        client.type(b"a")
+        server.read(b"a")
+        server.write(b"a")
+        client.type(b"b")
+        client.read_until(lambda output: b"b" in output)  # before the server could have said so
+        server.read(b"b")
+        server.write(b"b")
+        client.send_signal(signal.SIGSTOP)
+        server.write(b"\r\nPassword: ")
+        client.type(b"k")
+        client.send_signal(signal.SIGCONT)
+        server.read(b"k")
+        server.write(b"\r\nWelcome")
+        assert b"k" not in client.read_until(lambda output: b"Welcome" in output)
 
 
 def test_a_terminal_that_vanishes_ends_the_client(home: Path) -> None:

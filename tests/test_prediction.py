@@ -379,6 +379,69 @@ def test_a_letter_whose_place_is_certain_is_predicted_there(
         driver.draw()
 
 
+class Searching(mosh.PredictionEngine):
+    """Looks at every turn for what typing does not push on."""
+
+    _searched = property(lambda _engine: None, lambda _engine, _screen: None)
+
+
+@settings(max_examples=300)
+@given(
+    st.sampled_from([b"$ ", b"$ abc\x1b[3G", b"$ \x1b[8G|\x1b[3G"]),
+    st.lists(
+        st.sampled_from([*b"abc\x7f"])
+        | st.tuples(st.sampled_from([b"a", b"b", b"abc", b"\b", b"\b\x1b[P"]), st.integers(0, 2)),
+        max_size=14,
+    ),
+)
+@example(b"$ abc\x1b[3G", [(b"c", 2), *b"aa", (b"\b", 1), *b"bb", (b"ab", 2), *b"\x7fb", (b"\b", 1)])
+def test_to_look_once_per_screen_for_what_is_not_pushed_on_is_enough(
+    start: bytes, steps: list[int | tuple[bytes, int]]
+) -> None:
+    """`steps`: a key, or what the program writes and how many more keys it has had time to answer."""
+    frames = []
+    for kind in (mosh.PredictionEngine, Searching):
+        remote = mosh.Emulator(12, 2)
+        engine = kind(mosh.PredictionMode.ALWAYS, False, remote.framebuffer.codebook)
+        remote.feed(start)
+        newest, sent, echo_ack = remote.framebuffer.copy(), 0, 0
+        frames.append([_draw_on(newest, engine)])
+        for step in steps:
+            if isinstance(step, int):
+                engine.key(step, _draw_on(newest, engine), 0)
+                sent += 1
+            else:
+                remote.feed(step[0])
+                newest, echo_ack = remote.framebuffer.copy(), min(sent, echo_ack + step[1])
+            engine.observe(last_sent_num=sent, echo_ack=echo_ack, send_interval_ms=50)
+            frames[-1].append(_draw_on(newest, engine))
+    assert list(map(vectors.shown, frames[0])) == list(map(vectors.shown, frames[1]))
+
+
+def _draw_on(newest: mosh.Framebuffer, engine: mosh.PredictionEngine) -> mosh.Framebuffer:
+    engine.cull(newest, 0)
+    screen = newest.copy()
+    engine.apply(screen)
+    return screen
+
+
+def test_a_link_that_has_become_fast_shows_no_more_letters_once_the_last_one_is_settled() -> None:
+    driver = _typing_at_a_prompt("adaptive", 50)
+    driver.type(b"a")
+    driver.remote.feed(b"a")
+    driver.observe(last_sent_num=1, echo_ack=1)
+    driver.draw()
+    assert driver.engine.next_letter(driver.shown) is not None
+    driver.type(b"b")
+    driver.remote.feed(b"b")
+    driver.observe(last_sent_num=2, echo_ack=2, send_interval_ms=10)
+    driver.draw()
+    assert driver.engine.next_letter(driver.shown) is None
+    driver.type(b"c")
+    driver.draw()
+    assert driver.shown.lines()[0].rstrip() == "$ ab"
+
+
 @pytest.mark.parametrize(
     ("remote", "typed", "certain"),
     [
