@@ -6839,6 +6839,7 @@ def _logger(verbose: int) -> Callable[[str], None]:
 
 KEYBOARD_READ_BYTES = 16_384
 STALLED_MS = 1_000  # who is told to end waits no longer for a terminal that takes nothing
+_TERMINAL_TURN_S = 0.000_3  # in which a terminal shows a letter; it may need the processor that we would keep for 1 ms
 _ENDING_SIGNALS = frozenset((signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGPIPE))
 LOOKUP_LIMIT_MS = 10_000  # a resolver that has not answered by then gets another chance later
 LOOKUP_LIMIT_BYTES = 16_384
@@ -7141,9 +7142,6 @@ class ClientSockets:
         for udp in self.all:
             udp.close()
         self.all = []
-
-
-_TERMINAL_TURN_S = 0.000_3  # in which it shows a letter; it may need the processor that we would keep for 1 ms
 
 
 class Client:
