@@ -979,7 +979,7 @@ class FragmentAssembly:
 #   short for them none. At RTT 100 ms with 30 % loss each way a page of text that no key has asked for takes 160 ms to
 #   a stock client, 290 under one number, 180 from a stock server.
 # - Gaps in the peer's sequence numbers: the path is lossy. Then what fits a datagram goes twice in quick succession and
-#   again after an RTO. At RTT 100 ms with 29 % loss each way a key takes 128 ms to its echo in the mean, 220 with
+#   again after an RTO. At RTT 100 ms with 29 % loss each way a key takes 130 ms to its echo in the mean, 220 with
 #   stock's rules, for 1.4 times the bytes (tests/bench_simulated.py). A third copy: 118 ms for 1.8 times the bytes.
 # - A large diff that is not acknowledged though the peer is heard: on a narrow path with a short queue fragments are
 #   lost each time, and always the same ones. Then the state goes by parts, each when the last one is acknowledged.
